@@ -1,0 +1,443 @@
+"""cluster.toml -> `Config`: one file, the same on every node, checked as a whole before anything acts on it.
+
+Strict: an unknown key, a wrong type and an impossible value are errors that name the dotted key and its line.
+Pure but for `load_config`, which reads the one file that it is given.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from srd.model import ConfigError, IpAddress, IpsecMode, NodeKind
+
+KEYING_PORT: Final = 849
+# One mask (0xfff8) covers exactly these eight client ports; all are privileged, so no application can bind one.
+KEYING_CLIENT_PORTS: Final = range(840, 848)
+
+# Sentinel pings once a second, so a silent loss is seen up to a second late (sentinel.c SENTINEL_PING_PERIOD): a lease
+# that ends a second before `down_after` has ended before any majority can begin to replace its holder.
+LEASE_MARGIN_SECONDS: Final = 1.0
+# redis' own fence: a primary that is cut off stops acknowledging writes after at most MIN_REPLICAS_MAX_LAG + 2 s
+# (2.06 to 2.94 s measured for 2), which must be over before a majority can promote another one.
+MIN_REPLICAS_MAX_LAG: Final = 2
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_BYPASS = re.compile(r"(tcp|udp)/(\d{1,5})")
+_HELLO_CHANNEL = "__sentinel__:hello"
+
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file: unknown keys are refused, values never change."""
+
+
+class _RawNode(_Section, frozen=True):
+    name: str
+    addresses: list[str]
+    kind: NodeKind = NodeKind.REDIS
+
+
+class RedisSection(_Section, frozen=True):
+    """`[redis]`: the data server. `settings` are further redis.conf directives, verbatim."""
+
+    port: Port = 6379
+    program: str = "redis-server"
+    user: str = "redis"
+    settings: dict[str, str | int] = {}
+    app_commands: tuple[str, ...] = ()
+    app_channels: tuple[str, ...] = ()
+    stop_grace: Seconds = 15.0
+
+
+class SentinelSection(_Section, frozen=True):
+    """`[sentinel]`: who is primary. `quorum` defaults to a majority of the nodes that run a sentinel."""
+
+    port: Port = 26379
+    user: str = "redis"
+    master: str = "master"
+    quorum: int | None = None
+    down_after: Seconds = 5.0
+    failover_timeout: Seconds = 5.0
+
+
+class TlsSection(_Section, frozen=True):
+    """`[tls]`: where clients connect."""
+
+    port: Port = 6380
+    program: str = "stunnel4"
+    user: str = "stunnel4"
+
+
+class IpsecSection(_Section, frozen=True):
+    """`[ipsec]`: protection between nodes. `bypass` names what may pass in plaintext, as `tcp/22`."""
+
+    mode: IpsecMode = IpsecMode.ESP
+    bypass: tuple[str, ...] = ("tcp/22",)
+
+
+class HttpSection(_Section, frozen=True):
+    """`[http]`: the read-only health and metrics server."""
+
+    port: Port = 8080
+    max_connections: Annotated[int, Meta(ge=8, le=65536)] = 512
+    max_connections_per_address: Annotated[int, Meta(ge=4, le=65536)] = 64
+
+
+class _RawFile(_Section, frozen=True):
+    cluster: str
+    node: list[_RawNode]
+    listen_localhost: bool = True
+    redis: RedisSection = RedisSection()
+    sentinel: SentinelSection = SentinelSection()
+    tls: TlsSection = TlsSection()
+    ipsec: IpsecSection = IpsecSection()
+    http: HttpSection = HttpSection()
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A member of the mesh: at most one address per IP family, the first one is the one that redis announces."""
+
+    name: str
+    kind: NodeKind
+    addresses: tuple[IpAddress, ...]
+
+    @property
+    def address(self) -> IpAddress:
+        """The address by which redis and sentinel know this node."""
+        return self.addresses[0]
+
+    @property
+    def votes(self) -> bool:
+        """Whether a sentinel runs here."""
+        return self.kind in (NodeKind.REDIS, NodeKind.SENTINEL)
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """Traffic between nodes that may pass in plaintext."""
+
+    protocol: Literal["tcp", "udp"]
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.protocol}/{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole, valid cluster.toml."""
+
+    cluster: str
+    nodes: tuple[Node, ...]
+    listen_localhost: bool
+    redis: RedisSection
+    sentinel: SentinelSection
+    tls: TlsSection
+    ipsec: IpsecSection
+    http: HttpSection
+    bypass: tuple[Bypass, ...]
+
+    def node(self, name: str) -> Node:
+        """Return the node of that name; `KeyError` when the file has none."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
+
+    def peers_of(self, name: str) -> tuple[Node, ...]:
+        """Return every other member of the mesh, in the order of the file."""
+        return tuple(node for node in self.nodes if node.name != name)
+
+    def node_at(self, address: IpAddress) -> Node | None:
+        """Return the node that has this address."""
+        return next((node for node in self.nodes if address in node.addresses), None)
+
+    @property
+    def redis_nodes(self) -> tuple[Node, ...]:
+        """The nodes that hold data, in the order of the file; the first one is the first primary."""
+        return tuple(node for node in self.nodes if node.kind is NodeKind.REDIS)
+
+    @property
+    def voters(self) -> tuple[Node, ...]:
+        """The nodes that run a sentinel."""
+        return tuple(node for node in self.nodes if node.votes)
+
+    @property
+    def majority(self) -> int:
+        """How many sentinels are more than half of them."""
+        return len(self.voters) // 2 + 1
+
+    @property
+    def quorum(self) -> int:
+        """How many sentinels must agree that the primary is down."""
+        return self.sentinel.quorum or self.majority
+
+    @property
+    def min_replicas_to_write(self) -> int:
+        """How many replicas must be in touch for the primary to take a write: floor(N/2) of N redis nodes.
+
+        With 1 in a cluster of 5, a primary and one replica in a minority would go on taking writes.
+        """
+        return len(self.redis_nodes) // 2
+
+    @property
+    def primary_lease(self) -> float:
+        """How long, in seconds from when they were asked, the word of a majority of sentinels holds."""
+        return self.sentinel.down_after - LEASE_MARGIN_SECONDS
+
+
+# What srd decides itself; a second line in redis.conf would win over srd's, silently.
+_OWNED_DIRECTIVES: Final = frozenset({
+    "aclfile", "bind", "daemonize", "dir", "enable-debug-command", "enable-module-command",
+    "enable-protected-configs", "include", "logfile", "masterauth", "masteruser", "min-replicas-max-lag",
+    "min-replicas-to-write", "min-slaves-max-lag", "min-slaves-to-write", "pidfile", "port", "protected-mode",
+    "rename-command", "replica-announce-ip", "replica-announce-port", "replicaof", "requirepass", "slaveof",
+    "supervised", "syslog-enabled", "tls-port", "unixsocket", "user",
+})  # fmt: skip
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a cluster.toml; `ConfigError` says what is wrong and on which line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
+        raise ConfigError("read", str(path), reason, "srd init writes one") from error
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, origin: str) -> Config:
+    """Check the text of a cluster.toml; `origin` is how errors name the file."""
+    refuse = _Refusal(text, origin)
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError("read", origin, f"it is not TOML: {error}") from error
+    try:
+        raw = msgspec.convert(document, type=_RawFile, strict=True)
+    except msgspec.ValidationError as error:
+        raise refuse.invalid(error) from error
+    return _Checker(raw, refuse).config()
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """Makes errors that name the dotted key and the line where it stands."""
+
+    text: str
+    origin: str
+
+    def at(self, key: str, reason: str, remedy: str = "") -> ConfigError:
+        line = _line_of(self.text, key)
+        where = f"{self.origin}:{line}" if line else self.origin
+        return ConfigError("use", where, f"{key}: {reason}", remedy)
+
+    def invalid(self, error: msgspec.ValidationError) -> ConfigError:
+        message, _, path = str(error).partition(" - at `$.")
+        key = path.rstrip("`").replace("[...]", "")
+        unknown = re.fullmatch(r"Object contains unknown field `(.*)`", message.partition(" - at")[0])
+        if unknown:
+            key = f"{key}.{unknown[1]}" if key else unknown[1]
+            return self.at(key, "no such key", "config/cluster.reference.toml lists them all")
+        missing = re.fullmatch(r"Object missing required field `(.*)`", message.partition(" - at")[0])
+        if missing:
+            key = f"{key}.{missing[1]}" if key else missing[1]
+            return self.at(key, "missing", "config/cluster.toml is a complete example")
+        return self.at(key, message[0].lower() + message[1:].replace("`", ""))
+
+
+class _Checker:
+    """Checks what types alone cannot say, in the order in which a person reads the file."""
+
+    def __init__(self, raw: _RawFile, refuse: _Refusal) -> None:
+        self.raw = raw
+        self.refuse = refuse
+
+    def config(self) -> Config:
+        raw = self.raw
+        self._name("cluster", raw.cluster)
+        nodes = self._nodes()
+        bypass = self._bypass()
+        self._ports(bypass)
+        config = Config(
+            cluster=raw.cluster,
+            nodes=nodes,
+            listen_localhost=raw.listen_localhost,
+            redis=raw.redis,
+            sentinel=raw.sentinel,
+            tls=raw.tls,
+            ipsec=raw.ipsec,
+            http=raw.http,
+            bypass=bypass,
+        )
+        self._sentinel(config)
+        self._redis()
+        return config
+
+    def _name(self, key: str, value: str) -> None:
+        if not _NAME.fullmatch(value):
+            raise self.refuse.at(key, f"{value!r} is not a name: lower-case letters, digits and -, at most 63")
+
+    def _nodes(self) -> tuple[Node, ...]:
+        nodes = tuple(self._node(index, node) for index, node in enumerate(self.raw.node))
+        if not any(node.kind is NodeKind.REDIS for node in nodes):
+            raise self.refuse.at("node", 'no node of kind = "redis"', "name at least one")
+        owners: dict[object, int] = {}
+        for index, node in enumerate(nodes):
+            for what, key in ((node.name, "name"), *((address, "addresses") for address in node.addresses)):
+                first = owners.setdefault(what, index)
+                if first != index:
+                    raise self.refuse.at(f"node[{index}].{key}", f"{what} is node {nodes[first].name!r} already")
+        families = {address.version for address in nodes[0].addresses}
+        for index, node in enumerate(nodes):
+            if {address.version for address in node.addresses} != families:
+                raise self.refuse.at(
+                    f"node[{index}].addresses",
+                    f"{node.name} and {nodes[0].name} do not have the same IP families",
+                    "give every node an IPv4 address, or an IPv6 address, or both",
+                )
+        return nodes
+
+    def _node(self, index: int, raw: _RawNode) -> Node:
+        key = f"node[{index}]"
+        self._name(f"{key}.name", raw.name)
+        addresses = tuple(self._address(f"{key}.addresses", text) for text in raw.addresses)
+        if not addresses:
+            raise self.refuse.at(f"{key}.addresses", "no address")
+        for version, count in Counter(address.version for address in addresses).items():
+            if count > 1:
+                raise self.refuse.at(f"{key}.addresses", f"{count} IPv{version} addresses; one per family at most")
+        return Node(name=raw.name, kind=raw.kind, addresses=addresses)
+
+    def _address(self, key: str, text: str) -> IpAddress:
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            raise self.refuse.at(key, f"{text!r} is not an IP address", "host names are not taken here") from None
+        unusable = address.is_multicast or address.is_unspecified or address.is_link_local
+        if unusable or (address.is_loopback and self.raw.ipsec.mode is IpsecMode.ESP):
+            raise self.refuse.at(key, f"{text} is not an address that other nodes can reach")
+        return address
+
+    def _bypass(self) -> tuple[Bypass, ...]:
+        protected = {self.raw.redis.port: "redis.port", self.raw.sentinel.port: "sentinel.port"}
+        found = []
+        for text in self.raw.ipsec.bypass:
+            match = _BYPASS.fullmatch(text)
+            if not match or not 1 <= int(match[2]) <= 65535:  # noqa: PLR2004 - the largest TCP port
+                raise self.refuse.at("ipsec.bypass", f"{text!r} is not of the form tcp/22 or udp/123")
+            port = int(match[2])
+            if match[1] == "tcp" and port in protected:
+                raise self.refuse.at("ipsec.bypass", f"{text} is {protected[port]}, which is never in plaintext")
+            found.append(Bypass("tcp" if match[1] == "tcp" else "udp", port))
+        return tuple(found)
+
+    def _ports(self, bypass: tuple[Bypass, ...]) -> None:
+        raw = self.raw
+        taken = {KEYING_PORT: "the keying channel"} | dict.fromkeys(KEYING_CLIENT_PORTS, "the keying channel")
+        for entry in bypass:
+            if entry.port in taken and entry.protocol == "tcp":
+                raise self.refuse.at("ipsec.bypass", f"{entry} belongs to the keying channel, which has its own")
+        ports = (
+            ("redis.port", raw.redis.port),
+            ("sentinel.port", raw.sentinel.port),
+            ("tls.port", raw.tls.port),
+            ("http.port", raw.http.port),
+        )
+        for key, port in ports:
+            if port in taken:
+                raise self.refuse.at(key, f"port {port} is taken by {taken[port]}")
+            taken[port] = key
+
+    def _sentinel(self, config: Config) -> None:
+        sentinel = config.sentinel
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", sentinel.master):  # sentinel.c: the same set of characters
+            raise self.refuse.at("sentinel.master", f"{sentinel.master!r} is not a name that Sentinel takes")
+        voters = len(config.voters)
+        if config.quorum > voters:
+            raise self.refuse.at(
+                "sentinel.quorum",
+                f"{config.quorum} cannot be reached: {voters} nodes run a sentinel",
+                "leave it out",
+            )
+        if config.quorum < config.majority:
+            # After SENTINEL RESET a lone sentinel is its own majority; the quorum is the only guard left then.
+            raise self.refuse.at(
+                "sentinel.quorum", f"{config.quorum} is less than a majority of {voters}", "leave it out"
+            )
+        least = MIN_REPLICAS_MAX_LAG + 2
+        if sentinel.down_after < least:
+            raise self.refuse.at(
+                "sentinel.down_after",
+                f"{sentinel.down_after:g} s; a primary that is cut off takes writes for up to {least} s",
+                f"use {least} or more",
+            )
+
+    def _redis(self) -> None:
+        for name in self.raw.redis.settings:
+            if name.lower() in _OWNED_DIRECTIVES or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                raise self.refuse.at(f"redis.settings.{name}", "srd sets this itself, or redis has no such directive")
+        for name, value in self.raw.redis.settings.items():
+            if isinstance(value, str) and re.search(r"[\x00-\x1f]", value):
+                raise self.refuse.at(f"redis.settings.{name}", "a value is one line")
+        for command in self.raw.redis.app_commands:
+            if not re.fullmatch(r"[a-z][a-z0-9_.|-]*", command):
+                raise self.refuse.at("redis.app_commands", f"{command!r} is not a command's name")
+        for pattern in self.raw.redis.app_channels:
+            if not re.fullmatch(r"[\x21-\x7e]+", pattern) or _may_match(pattern, _HELLO_CHANNEL):
+                raise self.refuse.at(
+                    "redis.app_channels",
+                    f"{pattern!r} would open {_HELLO_CHANNEL}, by which anyone can force a failover",
+                    "name narrower patterns",
+                )
+
+
+def _may_match(pattern: str, text: str) -> bool:
+    """Whether a redis glob can match `text`; every bracket counts as any character, so it errs towards yes."""
+    expression = ""
+    for part in re.findall(r"\[[^\]]*\]?|\\.|.", pattern):
+        if part == "*":
+            expression += ".*"
+        elif part == "?" or part.startswith("["):
+            expression += "."
+        else:
+            expression += re.escape(part[-1])
+    return re.fullmatch(expression, text) is not None
+
+
+def _line_of(text: str, key: str) -> int | None:
+    """Return the 1-based line where a dotted key such as `node[1].addresses` stands, or that of its table."""
+    wanted = [part.partition("[") for part in key.split(".")]
+    path = [(name, int(index[:-1]) if index else 0) for name, _, index in wanted]
+    best, line_number = 0, None
+    table: list[tuple[str, int]] = []
+    counts: Counter[str] = Counter()
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if header := re.match(r"\[\[\s*([\w.-]+)\s*\]\]", stripped):
+            table = [(header[1], counts[header[1]])]
+            counts[header[1]] += 1
+            here = table
+        elif header := re.match(r"\[\s*([\w.-]+)\s*\]", stripped):
+            table = [(name, 0) for name in header[1].split(".")]
+            here = table
+        elif assignment := re.match(r"[\"']?([\w.-]+)[\"']?\s*=", stripped):
+            here = [*table, *((name, 0) for name in assignment[1].split("."))]
+        else:
+            continue
+        depth = len(here) if here == path[: len(here)] else 0
+        if depth > best:
+            best, line_number = depth, number
+    return line_number

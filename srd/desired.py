@@ -1,0 +1,213 @@
+"""(Config, View, now) -> what ought to be: the one place where policy is decided. Pure.
+
+XFRM priorities: the lower number wins, and every protected port stands above every exemption. An exemption for ssh must
+accept source port 22 from a peer's address; were it above the protected ports, whoever spoofs that address with that
+source port would reach redis in plaintext.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
+from srd.model import Endpoint, IpAddress, IpsecMode, NodeKind, Service
+from srd.state import ChildState, Situation, View, services_of
+
+TCP: Final = 6
+UDP: Final = 17
+ICMPV6: Final = 58
+# RFC 4861: neighbour solicitation and advertisement. Without these two a pair of hosts that has no keys yet cannot
+# even find each other's link address, and so never gets keys.
+NEIGHBOUR_DISCOVERY_TYPES: Final = (135, 136)
+
+KEYING_CLIENT_PORT_MASK: Final = 0xFFF8
+
+
+class Treatment(enum.StrEnum):
+    """What the kernel does with matching packets: ESP is required, or they pass in plaintext, or they are dropped."""
+
+    ESP = "esp"
+    PASS = "pass"  # noqa: S105 - a word, not a password
+    BLOCK = "block"
+
+
+class Way(enum.StrEnum):
+    """The direction of a packet, seen from this node."""
+
+    IN = "in"
+    OUT = "out"
+
+
+class Rank(enum.IntEnum):
+    """Priorities of policies, the lower one first."""
+
+    PROTECTED_PORT = 50
+    NEIGHBOUR_DISCOVERY = 100
+    KEYING = 110
+    EXEMPTION = 120
+    PEER = 1000
+    SELF = 1500
+    NOBODY_ELSE = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """One side's ports: `value` 0 with `mask` 0 is any port. For ICMPv6 the value is the type (source side)."""
+
+    value: int = 0
+    mask: int = 0
+
+
+ANY_PORT: Final = Ports()
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Which packets: the identity of a rule. `local` or `remote` None is any address of the family."""
+
+    way: Way
+    family: int
+    local: IpAddress | None
+    remote: IpAddress | None
+    protocol: int = 0
+    local_ports: Ports = ANY_PORT
+    remote_ports: Ports = ANY_PORT
+    marked: bool = False  # only packets of sockets that bear srd's mark
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What happens to a flow. `peer` is set where `treatment` is ESP."""
+
+    rank: Rank
+    treatment: Treatment
+    peer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Whether a service ought to run now; if not, `waiting_for` says in words what it waits for."""
+
+    run: bool
+    waiting_for: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How redis may start: as primary (`primary` None), or as replica of `primary`; `hold` says why not yet."""
+
+    primary: Endpoint | None = None
+    hold: str | None = None
+
+
+def leg_addresses(mine: Node, theirs: Node) -> tuple[tuple[IpAddress, IpAddress], ...]:
+    """Return the (local, remote) address pairs of two nodes, one per IP family that both have."""
+    return tuple(
+        (local, remote) for local in mine.addresses for remote in theirs.addresses if local.version == remote.version
+    )
+
+
+def rules(config: Config, node: Node) -> Mapping[Flow, Rule]:
+    """Return every policy that this node wants in the kernel."""
+    if config.ipsec.mode is IpsecMode.OFF:
+        return {}
+    found: dict[Flow, Rule] = {}
+    for peer in config.peers_of(node.name):
+        for local, remote in leg_addresses(node, peer):
+            for way in Way:
+                found.update(_pair_rules(config, peer.name, way, local, remote))
+    for family in sorted({address.version for address in node.addresses}):
+        found.update(_outsider_rules(config, node, family))
+    return found
+
+
+def _pair_rules(
+    config: Config, peer: str, way: Way, local: IpAddress, remote: IpAddress
+) -> Iterator[tuple[Flow, Rule]]:
+    def flow(protocol: int = 0, *, here: Ports = ANY_PORT, there: Ports = ANY_PORT, marked: bool = False) -> Flow:
+        return Flow(way, local.version, local, remote, protocol, here, there, marked)
+
+    for port in (config.redis.port, config.sentinel.port):
+        yield flow(TCP, here=_exactly(port)), Rule(Rank.PROTECTED_PORT, Treatment.ESP, peer)
+        yield flow(TCP, there=_exactly(port)), Rule(Rank.PROTECTED_PORT, Treatment.ESP, peer)
+    if local.version == 6:  # noqa: PLR2004 - IP version
+        for icmp_type in NEIGHBOUR_DISCOVERY_TYPES:
+            # struct xfrm_selector keeps the ICMP type in the source port, whichever side sends.
+            kind = _exactly(icmp_type)
+            sent = flow(ICMPV6, here=kind) if way is Way.OUT else flow(ICMPV6, there=kind)
+            yield sent, Rule(Rank.NEIGHBOUR_DISCOVERY, Treatment.PASS)
+    clients = Ports(KEYING_CLIENT_PORTS.start, KEYING_CLIENT_PORT_MASK)
+    marked = way is Way.OUT  # received packets carry no mark; both ports bound the inbound side
+    yield flow(TCP, here=_exactly(KEYING_PORT), there=clients, marked=marked), Rule(Rank.KEYING, Treatment.PASS)
+    yield flow(TCP, here=clients, there=_exactly(KEYING_PORT), marked=marked), Rule(Rank.KEYING, Treatment.PASS)
+    for bypass in config.bypass:
+        protocol = TCP if bypass.protocol == "tcp" else UDP
+        yield flow(protocol, here=_exactly(bypass.port)), Rule(Rank.EXEMPTION, Treatment.PASS)
+        yield flow(protocol, there=_exactly(bypass.port)), Rule(Rank.EXEMPTION, Treatment.PASS)
+    yield flow(), Rule(Rank.PEER, Treatment.ESP, peer)
+
+
+def _outsider_rules(config: Config, node: Node, family: int) -> Iterator[tuple[Flow, Rule]]:
+    """Nobody outside the mesh reaches redis or sentinel; a node may still reach its own address."""
+    own = [address for address in node.addresses if address.version == family]
+    for way in Way:
+        for port in (config.redis.port, config.sentinel.port):
+            yield (
+                Flow(way, family, None, None, TCP, local_ports=_exactly(port)),
+                Rule(Rank.NOBODY_ELSE, Treatment.BLOCK),
+            )
+        for address in own:
+            yield Flow(way, family, address, address), Rule(Rank.SELF, Treatment.PASS)
+
+
+def _exactly(port: int) -> Ports:
+    return Ports(port, 0xFFFF)
+
+
+def services(situation: Situation, start: Start) -> Mapping[Service, Wanted]:
+    """Return which children ought to run: policies, then keys with a majority, then redis, sentinel, stunnel.
+
+    A service that runs goes on running when a peer is lost: only its start waits.
+    """
+    wanted: dict[Service, Wanted] = {}
+    blocked = _unprotected(situation)
+    for service in services_of(situation.node):
+        child = situation.view.children.get(service)
+        if child is not None and child.state in (ChildState.STARTING, ChildState.READY, ChildState.DEGRADED):
+            wanted[service] = Wanted(run=True)
+        elif blocked:
+            wanted[service] = Wanted(run=False, waiting_for=blocked)
+        else:
+            reason = _missing_for(service, situation.view, situation.node, start)
+            wanted[service] = Wanted(run=reason is None, waiting_for=reason)
+    return wanted
+
+
+def _unprotected(situation: Situation) -> str | None:
+    config, view = situation.config, situation.view
+    if config.ipsec.mode is IpsecMode.OFF:
+        return None
+    if view.kernel is None or not view.kernel.policies_installed:
+        return "the IPsec policies"
+    peers = [peer.name for peer in config.peers_of(situation.node.name) if peer.votes]
+    keyed = 1 + sum(1 for name in peers if (link := view.links.get(name)) is not None and link.protected)
+    if keyed < config.majority:
+        return f"keys with a majority of the nodes ({keyed} of {config.majority}, this one included)"
+    return None
+
+
+def _missing_for(service: Service, view: View, node: Node, start: Start) -> str | None:
+    redis = view.children.get(Service.REDIS)
+    redis_ready = redis is not None and redis.state is ChildState.READY
+    if service is Service.REDIS:
+        return start.hold
+    if service is Service.SENTINEL:
+        # A node that has been part of the cluster starts its sentinel first: after a power cut of all nodes, the
+        # sentinels must agree before any redis may know what to start as.
+        if node.kind is NodeKind.SENTINEL or view.initialized or redis_ready:
+            return None
+        return "redis"
+    return None if redis_ready else "redis"

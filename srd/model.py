@@ -1,0 +1,177 @@
+"""Values and errors that every part of srd may use. Imports nothing of srd.
+
+Shapes: names are ASCII, addresses are `ipaddress` objects, times are seconds on CLOCK_BOOTTIME
+unless a name ends in `_timestamp` (Unix seconds, for showing to people only).
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Final
+
+IpAddress = IPv4Address | IPv6Address
+
+# sysexits.h: what a service manager and a script can act on without reading the sentence.
+EXIT_FAILURE: Final = 1
+EXIT_NO_PERMISSION: Final = 77
+EXIT_CONFIG: Final = 78
+
+
+class SrdError(Exception):
+    """What went wrong, on which object, and what to do about it, as one sentence for the user.
+
+    `operation` is a verb phrase ("read the bundle"), `subject` the object ("/etc/srd/node.key"),
+    `reason` what is wrong with it, `remedy` what to do. `exit_status` is that of a command which ends with this error.
+    """
+
+    exit_status: int = EXIT_FAILURE
+
+    def __init__(self, operation: str, subject: str, reason: str, remedy: str = "") -> None:
+        super().__init__(operation, subject, reason, remedy)
+        self.operation = operation
+        self.subject = subject
+        self.reason = reason
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        where = f" {self.subject}" if self.subject else ""
+        todo = f"; {self.remedy}" if self.remedy else ""
+        return f"cannot {self.operation}{where}: {self.reason}{todo}"
+
+
+class ConfigError(SrdError):
+    """Something that the operator wrote or placed is wrong; nothing was started or changed."""
+
+    exit_status = EXIT_CONFIG
+
+
+class PermissionRefusedError(SrdError):
+    """The process lacks a right that the operation needs."""
+
+    exit_status = EXIT_NO_PERMISSION
+
+
+class Secret:
+    """A string that never shows itself: not in a repr, an f-string, a log, JSON or a pickle.
+
+    `reveal()` is the one way to read it, so a search for that word finds every place where a secret leaves the type.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the secret itself."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(hidden)"
+
+    def __str__(self) -> str:
+        return "(hidden)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    def __hash__(self) -> int:
+        return hash((Secret, self._value))
+
+    def __reduce__(self) -> str:
+        msg = "a Secret cannot be pickled"
+        raise TypeError(msg)
+
+
+class NodeKind(enum.StrEnum):
+    """What a mesh member runs."""
+
+    REDIS = "redis"
+    SENTINEL = "sentinel"
+    CLIENT = "client"
+
+
+class Service(enum.StrEnum):
+    """The child programs, in the order in which they start."""
+
+    REDIS = "redis"
+    SENTINEL = "sentinel"
+    STUNNEL = "stunnel"
+
+
+class Role(enum.StrEnum):
+    """What a node's redis is to the cluster; `unknown` until redis has said so."""
+
+    PRIMARY = "primary"
+    REPLICA = "replica"
+    UNKNOWN = "unknown"
+
+
+class IpsecMode(enum.StrEnum):
+    """Whether traffic between nodes is protected by ESP; `off` is loud wherever health is shown."""
+
+    ESP = "esp"
+    OFF = "off"
+
+
+class Suite(enum.StrEnum):
+    """An AEAD for ESP, by its kernel name (crypto/seqiv.c templates; RFC 4106, RFC 7634). ICV 128 bits."""
+
+    AES_256_GCM = "rfc4106(gcm(aes))"
+    CHACHA20_POLY1305 = "rfc7539esp(chacha20,poly1305)"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An IP address and a TCP port."""
+
+    address: IpAddress
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)  # noqa: PLR2004 - IP version
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """The passwords of a cluster, the same on every node; made by `srd init`, kept in the bundle's secrets.toml."""
+
+    redis_password: Secret  # the application's: redis user `default`
+    replication_password: Secret  # redis user `replica`, by which replicas follow a primary
+    sentinel_password: Secret  # redis user `sentinel`, and what sentinels ask of one another and of clients
+    srd_password: Secret  # redis user `srd`, the only administrator
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where srd keeps what it is given (config), what it must keep (state), what a boot forgets (run), and logs."""
+
+    config_dir: Path
+    state_dir: Path
+    run_dir: Path
+    log_dir: Path
+
+    @property
+    def cluster_file(self) -> Path:
+        """The cluster.toml of this node's bundle."""
+        return self.config_dir / "cluster.toml"
+
+    @property
+    def control_socket(self) -> Path:
+        """Where the command line finds the daemon."""
+        return self.run_dir / "control.sock"
+
+    def service_dir(self, service: Service) -> Path:
+        """Return the directory that belongs to a service's own user: its configuration and data."""
+        return self.state_dir / service
+
+    def log_file(self, service: Service) -> Path:
+        """Return the file that a service's output is appended to."""
+        return self.log_dir / f"{service}.log"

@@ -1,0 +1,166 @@
+"""The loop that keeps something true, the keyed difference it works from, and the one retry policy.
+
+A loop observes its whole world, compares it with what is wanted and applies the difference. Events never carry a
+change: they only wake the loop. A pass over a world that is as wanted changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+import structlog
+import tenacity
+
+from srd.model import SrdError
+
+log = structlog.get_logger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+T = TypeVar("T")
+
+BACKOFF_FIRST_SECONDS: Final = 0.1
+BACKOFF_CAP_SECONDS: Final = 30.0
+BACKOFF_JITTER: Final = 0.2
+# 0.1 s doubled nine times is past the cap; a larger exponent would only overflow.
+_BACKOFF_MAX_DOUBLINGS: Final = 9
+
+
+def boottime() -> float:
+    """Return seconds on CLOCK_BOOTTIME: never stepped, and it goes on counting while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def backoff_seconds(failures: int, jitter: float) -> float:
+    """Return the pause after that many failures in a row: 0.1 s doubled each time, at most 30 s.
+
+    `jitter` is in [-1, 1] and moves the pause by up to 20 %, so that nodes do not act in step.
+    """
+    if failures <= 0:
+        return 0.0
+    pause = BACKOFF_FIRST_SECONDS * 2.0 ** min(failures - 1, _BACKOFF_MAX_DOUBLINGS)
+    return min(pause, BACKOFF_CAP_SECONDS) * (1 + BACKOFF_JITTER * jitter)
+
+
+@dataclass(frozen=True, slots=True)
+class Diff(Generic[K, V]):
+    """What separates the world from what is wanted: apply `add` and `change` before `remove`."""
+
+    add: Mapping[K, V]
+    change: Mapping[K, V]
+    remove: frozenset[K]
+
+    def __bool__(self) -> bool:
+        return bool(self.add or self.change or self.remove)
+
+
+def diff(wanted: Mapping[K, V], observed: Mapping[K, V]) -> Diff[K, V]:
+    """Compare by key, then by equality; `change` holds the wanted value."""
+    return Diff(
+        add={key: value for key, value in wanted.items() if key not in observed},
+        change={key: value for key, value in wanted.items() if key in observed and observed[key] != value},
+        remove=frozenset(key for key in observed if key not in wanted),
+    )
+
+
+def retrying(
+    *exceptions: type[SrdError],
+    seconds: float,
+    pause: float = 0.05,
+) -> tenacity.AsyncRetrying:
+    """Return the retry policy: the named errors only, growing jittered pauses, `seconds` in all; then the error."""
+    return tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(exceptions),
+        wait=tenacity.wait_random_exponential(multiplier=pause, max=1.0),
+        stop=tenacity.stop_after_delay(seconds),
+        reraise=True,
+    )
+
+
+class Loop:
+    """Runs one reconciler: when woken, at least every `resync` seconds, each pass bounded by `timeout` seconds."""
+
+    def __init__(self, name: str, reconcile: Callable[[], Awaitable[None]], *, resync: float, timeout: float) -> None:
+        self.name = name
+        self._reconcile = reconcile
+        self._resync = resync
+        self._timeout = timeout
+        self._wake = asyncio.Event()
+        self._first_pass = asyncio.Event()
+        self.failures = 0
+        self.last_tick = boottime()
+        self.last_error: str | None = None
+
+    def wake(self) -> None:
+        """Ask for a pass soon; any number of calls before it starts are one."""
+        self._wake.set()
+
+    async def ready(self) -> None:
+        """Return when one pass has succeeded."""
+        await self._first_pass.wait()
+
+    async def run(self) -> None:
+        """Reconcile until cancelled. No failure of a pass ends the loop: it is shown, and tried again later."""
+        while True:
+            self._wake.clear()
+            await self._pass()
+            pause = self._resync
+            if self.failures:
+                pause = min(pause, backoff_seconds(self.failures, random.uniform(-1, 1)))  # noqa: S311 - jitter
+            with_wake = asyncio.timeout(pause)
+            try:
+                async with with_wake:
+                    await self._wake.wait()
+            except TimeoutError:
+                if not with_wake.expired():
+                    raise
+
+    async def _pass(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._reconcile()
+        except SrdError as error:
+            self._failed(str(error), detail=None)
+        except TimeoutError as error:
+            self._failed(f"{self.name} did not finish within {self._timeout:g} s", detail=error)
+        except Exception as error:  # noqa: BLE001 - the one place: a defect in one loop must not end the others
+            self._failed(f"{self.name} failed unexpectedly", detail=error)
+        else:
+            if self.failures:
+                log.info("recovered", loop=self.name, failures=self.failures)
+            self.failures = 0
+            self.last_error = None
+            self._first_pass.set()
+        self.last_tick = boottime()
+
+    def _failed(self, sentence: str, detail: BaseException | None) -> None:
+        # The same error again and again is one line, at its first occurrence.
+        if sentence != self.last_error:
+            log.warning("pass failed", loop=self.name, error=sentence, exc_info=detail)
+        self.failures += 1
+        self.last_error = sentence
+
+
+@asynccontextmanager
+async def running(*bodies: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Run the bodies as tasks while the block runs, and cancel and await them at its end, the last one first.
+
+    A body that ends with an error ends the block with it.
+    """
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_as_coroutine(body)) for body in bodies]
+        try:
+            yield
+        finally:
+            for task in reversed(tasks):
+                task.cancel()
+
+
+async def _as_coroutine(body: Callable[[], Awaitable[T]]) -> T:
+    return await body()

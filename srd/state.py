@@ -1,0 +1,377 @@
+"""What is observed: one writer per key, immutable snapshots for every reader, and the catalogue of conditions.
+
+Readers never ask the world: they take `Store.view()`, which is whole and never changes afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from srd.config import Config, Node
+from srd.model import Endpoint, IpAddress, IpsecMode, NodeKind, Role, Service, Suite
+
+_EMPTY: Final[Mapping[Any, Any]] = MappingProxyType({})
+
+
+class ChildState(enum.StrEnum):
+    """Where a child is in its life; the table of transitions is in supervise/process.py."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    DEGRADED = "degraded"
+    STOPPING = "stopping"
+    BACKOFF = "backoff"
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """One supervised program. `started` and `retry_at` are CLOCK_BOOTTIME seconds."""
+
+    state: ChildState
+    pid: int | None = None
+    started: float | None = None
+    ready_since: float | None = None
+    adopted: bool = False
+    restarts: int = 0
+    exits: Mapping[str, int] = _EMPTY
+    last_exit: str | None = None
+    retry_at: float | None = None
+    waiting_for: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLeg:
+    """One address pair of a link and its pair of SAs. SPIs are host integers, ages come from `Link.established`."""
+
+    local: IpAddress
+    remote: IpAddress
+    spi_in: int | None
+    spi_out: int | None
+    policies: bool
+    bytes_in: int = 0
+    bytes_out: int = 0
+    packets_in: int = 0
+    packets_out: int = 0
+    replay_drops: int = 0
+    integrity_failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The protection between this node and one peer, as the kernel has it."""
+
+    peer: str
+    legs: tuple[LinkLeg, ...] = ()
+    suite: Suite | None = None
+    suite_reason: str | None = None
+
+    @property
+    def protected(self) -> bool:
+        """Policies stand and both SAs are installed, the outbound policy pinned to the outbound one, on every leg."""
+        return bool(self.legs) and all(leg.policies and leg.spi_in and leg.spi_out for leg in self.legs)
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """The keying connection to one peer. `since` and `established` are CLOCK_BOOTTIME seconds."""
+
+    peer: str
+    connected: bool
+    since: float
+    generation: int = 0
+    established: float | None = None
+    group: str | None = None
+    suite: Suite | None = None
+    suite_reason: str | None = None
+    keyings: int = 0
+    failures: int = 0
+    last_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReport:
+    """What a peer's srd last said of itself over the keying channel; `received` is CLOCK_BOOTTIME seconds."""
+
+    node: str
+    received: float
+    version: str
+    initialized: bool
+    role: Role
+    healthy: bool
+    offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOf:
+    """One replica as its primary sees it."""
+
+    endpoint: Endpoint
+    state: str
+    offset: int
+    lag_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Redis:
+    """The local redis as it last answered; `answered` is CLOCK_BOOTTIME seconds of when it was asked."""
+
+    answered: float
+    version: str
+    run_id: str
+    role: Role
+    loading: bool
+    replid: str
+    offset: int
+    uptime_seconds: int
+    dbsize: int
+    min_replicas_to_write: int
+    persistence: bool
+    primary: Endpoint | None = None
+    link_up: bool = False
+    sync_in_progress: bool = False
+    replicas: tuple[ReplicaOf, ...] = ()
+    ping_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SentinelAnswer:
+    """What one node's sentinel last said; `asked` is CLOCK_BOOTTIME seconds of when it was asked, not of the answer."""
+
+    node: str
+    asked: float
+    primary: Endpoint | None
+    epoch: int
+    tilt: bool
+    known_sentinels: int
+    known_replicas: int
+    flags: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Whether a majority of all sentinels names this node primary, and until when (CLOCK_BOOTTIME seconds)."""
+
+    held: bool
+    expires: float
+    agree: int
+    reachable: int
+    primary: Endpoint | None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """What the XFRM reconciler found. `xfrm_errors` are the counters of /proc/net/xfrm_stat that are not zero."""
+
+    policies_installed: bool
+    foreign_overrides: tuple[str, ...] = ()
+    drift_mended: int = 0
+    xfrm_errors: Mapping[str, int] = _EMPTY
+
+
+@dataclass(frozen=True, slots=True)
+class RoleChange:
+    """One change of who is primary, as this node saw it; `at_timestamp` is Unix seconds, to show to people."""
+
+    at_timestamp: float
+    epoch: int
+    previous: Endpoint | None
+    current: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One whole snapshot. A field belongs to the one writer that claimed it."""
+
+    children: Mapping[Service, Child] = _EMPTY
+    links: Mapping[str, Link] = _EMPTY
+    channels: Mapping[str, Channel] = _EMPTY
+    peers: Mapping[str, PeerReport] = _EMPTY
+    kernel: Kernel | None = None
+    redis: Redis | None = None
+    sentinels: Mapping[str, SentinelAnswer] = _EMPTY
+    lease: Lease | None = None
+    history: tuple[RoleChange, ...] = ()
+    sentinel_events: Mapping[str, int] = _EMPTY
+    certificates: Mapping[str, float] = _EMPTY
+    initialized: bool = False
+    started: float = 0.0
+
+
+class Store:
+    """Holds the current `View`; every key has exactly one writer."""
+
+    def __init__(self, started: float) -> None:
+        self._view = View(started=started)
+        self._claimed: set[str] = {"started"}
+        self._version = 0
+        self._changed = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
+
+    def view(self) -> View:
+        """Return the snapshot of now; it never changes."""
+        return self._view
+
+    def writer(self, key: str) -> Callable[[Any], None]:
+        """Claim a key of `View`; a second claim of the same key is a defect and raises `ValueError`."""
+        if key in self._claimed or key not in {item.name for item in dataclasses.fields(View)}:
+            msg = f"the key {key!r} has a writer already, or there is no such key"
+            raise ValueError(msg)
+        self._claimed.add(key)
+
+        def write(value: Any) -> None:
+            if getattr(self._view, key) == value:
+                return
+            if isinstance(value, dict):
+                value = MappingProxyType(dict(value))
+            self._view = dataclasses.replace(self._view, **{key: value})
+            self._version += 1
+            self._changed.set()
+            self._changed = asyncio.Event()
+            for listener in self._listeners:
+                listener()
+
+        return write
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` after each change; it must only wake something."""
+        self._listeners.append(listener)
+
+    async def wait_for(self, predicate: Callable[[View], bool], seconds: float) -> View:
+        """Return the first view for which `predicate` holds; `TimeoutError` after `seconds`."""
+        async with asyncio.timeout(seconds):
+            while not predicate(self._view):
+                await self._changed.wait()
+        return self._view
+
+
+class Severity(enum.IntEnum):
+    """How bad a condition is: a warning leaves the node doing its job, a critical one does not."""
+
+    WARNING = 1
+    CRITICAL = 2
+
+
+class Code(enum.StrEnum):
+    """The closed catalogue of conditions; docs/conditions.md explains each."""
+
+    IPSEC_OFF = "ipsec_off"
+    POLICIES_MISSING = "policies_missing"
+    FOREIGN_POLICY = "foreign_policy"
+    LINK_UNPROTECTED = "link_unprotected"
+    CHANNEL_DOWN = "channel_down"
+    CHILD_DOWN = "child_down"
+    CHILD_WAITING = "child_waiting"
+    NO_MAJORITY = "no_majority"
+    REPLICA_LINK_DOWN = "replica_link_down"
+    CERTIFICATE_EXPIRING = "certificate_expiring"
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Something that is not as it should be: on what, how bad, and what it means in one sentence."""
+
+    code: Code
+    severity: Severity
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """The inputs of every judgement: who we are, what was seen, and when that is asked (CLOCK_BOOTTIME seconds)."""
+
+    config: Config
+    node: Node
+    view: View
+    now: float
+    wall_clock: float = field(default=0.0)
+
+
+# A link that is being keyed for the first time takes about a second in production and some in a slow lab.
+CHANNEL_HOLD_SECONDS: Final = 5.0
+CERTIFICATE_WARNING_SECONDS: Final = 14 * 86400.0
+
+
+def services_of(node: Node) -> tuple[Service, ...]:
+    """Return the services that a node of this kind runs, in start order."""
+    if node.kind is NodeKind.REDIS:
+        return (Service.REDIS, Service.SENTINEL, Service.STUNNEL)
+    if node.kind is NodeKind.SENTINEL:
+        return (Service.SENTINEL,)
+    return ()
+
+
+def conditions(situation: Situation) -> tuple[Condition, ...]:
+    """Derive every condition that holds now, the worst first. Pure: a condition ends when its cause is gone."""
+    found = [*_ipsec_conditions(situation), *_service_conditions(situation), *_cluster_conditions(situation)]
+    return tuple(sorted(found, key=lambda condition: (-condition.severity, condition.code, condition.subject)))
+
+
+def _ipsec_conditions(s: Situation) -> list[Condition]:
+    if s.config.ipsec.mode is IpsecMode.OFF:
+        text = "ipsec.mode is off: everything between the nodes is in plaintext"
+        return [Condition(Code.IPSEC_OFF, Severity.WARNING, s.config.cluster, text)]
+    found = []
+    kernel = s.view.kernel
+    if kernel is None or not kernel.policies_installed:
+        text = "not every policy is installed; the services wait for them"
+        found.append(Condition(Code.POLICIES_MISSING, Severity.CRITICAL, s.node.name, text))
+    if kernel is not None:
+        found += [
+            Condition(Code.FOREIGN_POLICY, Severity.CRITICAL, what, "a policy that is not srd's comes before srd's")
+            for what in kernel.foreign_overrides
+        ]
+    for peer in s.config.peers_of(s.node.name):
+        link = s.view.links.get(peer.name)
+        if link is None or not link.protected:
+            text = "no keys yet: traffic with this peer is blocked, never in plaintext"
+            found.append(Condition(Code.LINK_UNPROTECTED, Severity.WARNING, peer.name, text))
+    return found
+
+
+def _service_conditions(s: Situation) -> list[Condition]:
+    found = []
+    for service in services_of(s.node):
+        child = s.view.children.get(service)
+        if child is not None and child.state is ChildState.READY:
+            continue
+        if child is not None and child.waiting_for:
+            found.append(Condition(Code.CHILD_WAITING, Severity.CRITICAL, service, f"waits: {child.waiting_for}"))
+        else:
+            state = child.state if child is not None else ChildState.STOPPED
+            last = f", last end: {child.last_exit}" if child is not None and child.last_exit else ""
+            found.append(Condition(Code.CHILD_DOWN, Severity.CRITICAL, service, f"it is {state}{last}"))
+    return found
+
+
+def _cluster_conditions(s: Situation) -> list[Condition]:
+    found = []
+    for peer in s.config.peers_of(s.node.name):
+        channel = s.view.channels.get(peer.name)
+        if channel is None or channel.connected or s.now - channel.since < CHANNEL_HOLD_SECONDS:
+            continue
+        text = channel.last_error or "it does not answer"
+        found.append(Condition(Code.CHANNEL_DOWN, Severity.WARNING, peer.name, f"keying channel down: {text}"))
+    lease = s.view.lease
+    if lease is None or lease.reachable < s.config.majority:
+        reachable = lease.reachable if lease is not None else 0
+        text = f"{reachable} of {len(s.config.voters)} sentinels answer; {s.config.majority} are a majority"
+        found.append(Condition(Code.NO_MAJORITY, Severity.WARNING, s.config.sentinel.master, text))
+    redis = s.view.redis
+    if redis is not None and redis.role is Role.REPLICA and not redis.link_up:
+        text = f"no link to the primary {redis.primary}" if redis.primary else "it follows nobody"
+        found.append(Condition(Code.REPLICA_LINK_DOWN, Severity.WARNING, s.node.name, text))
+    for name, not_after in s.view.certificates.items():
+        left = not_after - s.wall_clock
+        if left < CERTIFICATE_WARNING_SECONDS:
+            severity = Severity.CRITICAL if left <= 0 else Severity.WARNING
+            text = f"{max(left, 0) / 86400:.0f} days left" if left > 0 else "it has expired"
+            found.append(Condition(Code.CERTIFICATE_EXPIRING, severity, name, text))
+    return found
