@@ -175,3 +175,23 @@ class Paths:
     def log_file(self, service: Service) -> Path:
         """Return the file that a service's output is appended to."""
         return self.log_dir / f"{service}.log"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a certificate says its holder is: SAN URI `srd://CLUSTER/NODE`, IP SANs, and the kind of node."""
+
+    cluster: str
+    node: str
+    kind: NodeKind
+    addresses: tuple[IpAddress, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a node proves its identity with, as PEM: certificate, private key, and the authority's certificate."""
+
+    identity: Identity
+    certificate: bytes
+    key: Secret
+    authority: bytes

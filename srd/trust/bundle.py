@@ -1,0 +1,232 @@
+"""What `srd init` hands to a node, and what a node accepts: one directory with everything that makes it a member.
+
+    cluster.toml   the cluster, the same on every node
+    ca.crt         the authority's certificate
+    node.crt/.key  this node's membership of the mesh
+    tls.crt/.key   what its stunnel shows to clients
+    secrets.toml   the cluster's passwords
+
+Files that hold a secret are 0600. The authority's key is in no bundle: it stays where `srd init` ran.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from srd.config import Config, Node, load_config, parse_config
+from srd.model import ConfigError, Credentials, Identity, Paths, Secret, Secrets
+from srd.trust.authority import Issued, identify, issue_node, issue_tls, issued_by, make_authority
+
+PRIVATE: Final = 0o600
+PUBLIC: Final = 0o644
+# 32 random bytes: more than AES-256 asks of a key, and short enough for redis' and stunnel's configuration lines.
+_PASSWORD_BYTES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A node's bundle, read and checked. `not_after` maps a file's name to its certificate's end (Unix seconds)."""
+
+    config: Config
+    node: Node
+    secrets: Secrets
+    credentials: Credentials
+    not_after: Mapping[str, float]
+
+
+class _SecretsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    redis_password: str
+    replication_password: str
+    sentinel_password: str
+    srd_password: str
+
+
+def write_bundles(text: str, output: Path, now: datetime.datetime) -> Config:
+    """Make an authority and a bundle for every node of a cluster.toml's text, in a directory that must not exist.
+
+    Nothing is left behind when it fails: the directory appears whole, by one rename.
+    """
+    config = parse_config(text, str(output / "cluster.toml"))
+    if output.exists():
+        raise ConfigError("write the bundles to", str(output), "it exists already", "name a new directory")
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise ConfigError("write the bundles to", str(output), str(error.strerror)) from error
+    try:
+        _write_all(config, text, staging, now)
+        staging.rename(output)
+    except OSError as error:
+        raise ConfigError("write the bundles to", str(output), str(error.strerror)) from error
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+    return config
+
+
+def _write_all(config: Config, text: str, directory: Path, now: datetime.datetime) -> None:
+    authority = make_authority(config.cluster, now)
+    passwords = {name: secrets.token_urlsafe(_PASSWORD_BYTES) for name in _SecretsFile.__struct_fields__}
+    secrets_toml = "".join(f'{name} = "{value}"\n' for name, value in passwords.items())
+    _write(directory / "cluster.toml", text, PUBLIC)
+    _write(directory / "ca.crt", authority.certificate, PUBLIC)
+    _write(directory / "ca.key", authority.key.reveal(), PRIVATE)
+    for node in config.nodes:
+        identity = Identity(config.cluster, node.name, node.kind, node.addresses)
+        bundle = directory / node.name
+        bundle.mkdir(mode=0o700)
+        _write(bundle / "cluster.toml", text, PUBLIC)
+        _write(bundle / "ca.crt", authority.certificate, PUBLIC)
+        _write(bundle / "secrets.toml", secrets_toml, PRIVATE)
+        for name, issued in (
+            ("node", issue_node(authority, identity, now)),
+            ("tls", issue_tls(authority, identity, now)),
+        ):
+            _write_issued(bundle, name, issued)
+    client = directory / "client"
+    client.mkdir(mode=0o700)
+    _write(client / "ca.crt", authority.certificate, PUBLIC)
+    _write(client / "redis_password", passwords["redis_password"] + "\n", PRIVATE)
+
+
+def _write_issued(bundle: Path, name: str, issued: Issued) -> None:
+    _write(bundle / f"{name}.crt", issued.certificate, PUBLIC)
+    _write(bundle / f"{name}.key", issued.key.reveal(), PRIVATE)
+
+
+def _write(path: Path, content: str | bytes, mode: int) -> None:
+    data = content.encode() if isinstance(content, str) else content
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)  # the umask may only have taken bits away
+        file.write(data)
+
+
+def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
+    """Read this node's bundle and check that its parts belong together, are valid now and are private.
+
+    Raises `ConfigError` with the file, what is wrong with it and what to do.
+    """
+    config = load_config(paths.cluster_file)
+    directory = paths.config_dir
+    authority = _certificate(directory / "ca.crt")
+    passwords = _secrets(directory / "secrets.toml")
+    node_certificate, node_key = _pair(directory, "node", authority, now)
+    tls_certificate, _ = _pair(directory, "tls", authority, now)
+    path = str(directory / "node.crt")
+    try:
+        identity = identify(node_certificate)
+    except ValueError as error:
+        raise ConfigError("use", path, str(error), "take the bundle that srd init made for this node") from error
+    node = _member(config, identity, path)
+    return Bundle(
+        config=config,
+        node=node,
+        secrets=passwords,
+        credentials=Credentials(
+            identity=identity,
+            certificate=node_certificate.public_bytes(serialization.Encoding.PEM),
+            key=node_key,
+            authority=authority.public_bytes(serialization.Encoding.PEM),
+        ),
+        not_after={
+            name: certificate.not_valid_after_utc.timestamp()
+            for name, certificate in (("ca", authority), ("node", node_certificate), ("tls", tls_certificate))
+        },
+    )
+
+
+def _member(config: Config, identity: Identity, path: str) -> Node:
+    """Return the node that the certificate names, if the file agrees with the certificate."""
+    remedy = "take the bundle that srd init made for this node"
+    if identity.cluster != config.cluster:
+        reason = f"it is of cluster {identity.cluster!r}, and cluster.toml is of {config.cluster!r}"
+        raise ConfigError("use", path, reason, remedy)
+    try:
+        node = config.node(identity.node)
+    except KeyError:
+        reason = f"it is for node {identity.node!r}, which cluster.toml does not have"
+        raise ConfigError("use", path, reason, remedy) from None
+    if set(identity.addresses) != set(node.addresses):
+        has = ", ".join(map(str, identity.addresses)) or "none"
+        wants = ", ".join(map(str, node.addresses))
+        raise ConfigError("use", path, f"it is for the address {has}, and cluster.toml gives {wants}", remedy)
+    if identity.kind is not node.kind:
+        reason = f"it is for a node of kind {identity.kind}, and cluster.toml says {node.kind}"
+        raise ConfigError("use", path, reason, remedy)
+    return node
+
+
+def _pair(
+    directory: Path, name: str, authority: x509.Certificate, now: datetime.datetime
+) -> tuple[x509.Certificate, Secret]:
+    certificate = _certificate(directory / f"{name}.crt")
+    path = str(directory / f"{name}.crt")
+    if not issued_by(certificate, authority):
+        raise ConfigError("use", path, "another authority issued it, not ca.crt", "take all files of one bundle")
+    if now < certificate.not_valid_before_utc:
+        reason = f"it is valid only from {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on"
+        raise ConfigError("use", path, reason, "check this machine's clock")
+    if now >= certificate.not_valid_after_utc:
+        reason = f"it expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        raise ConfigError("use", path, reason, "issue a new one, or check this machine's clock")
+    key_path = directory / f"{name}.key"
+    pem = _private(key_path)
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError("read", str(key_path), "it is not an unencrypted PEM private key") from error
+    encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if key.public_key().public_bytes(*encoding) != certificate.public_key().public_bytes(*encoding):
+        raise ConfigError("use", str(key_path), f"it is not the key of {name}.crt", "take all files of one bundle")
+    return certificate, Secret(pem.decode("ascii"))
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path))
+    except ValueError as error:
+        raise ConfigError("read", str(path), "it is not a PEM certificate") from error
+
+
+def _secrets(path: Path) -> Secrets:
+    try:
+        raw = msgspec.convert(tomllib.loads(_private(path).decode()), type=_SecretsFile)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError):
+        # Neither error may be chained: both quote the text of the file.
+        raise ConfigError("read", str(path), "it is not TOML", "take the one that srd init made") from None
+    except msgspec.ValidationError as error:
+        raise ConfigError("read", str(path), str(error).replace("`", "'")) from None
+    values = {name: Secret(getattr(raw, name)) for name in _SecretsFile.__struct_fields__}
+    return Secrets(**values)
+
+
+def _private(path: Path) -> bytes:
+    """Read a file that holds a secret, if nobody but its owner may read it."""
+    data = _read(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError("use", str(path), f"others may read it (mode {mode:04o})", f"chmod 600 {path}")
+    return data
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        remedy = "copy this node's whole bundle there" if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError("read", str(path), str(error.strerror).lower(), remedy) from error
