@@ -104,10 +104,11 @@ class Start:
 
 
 def leg_addresses(mine: Node, theirs: Node) -> tuple[tuple[IpAddress, IpAddress], ...]:
-    """Return the (local, remote) address pairs of two nodes, one per IP family that both have."""
-    return tuple(
+    """Return the (local, remote) address pairs of two nodes, one per IP family that both have, IPv4 first."""
+    pairs = [
         (local, remote) for local in mine.addresses for remote in theirs.addresses if local.version == remote.version
-    )
+    ]
+    return tuple(sorted(pairs, key=lambda pair: pair[0].version))
 
 
 def rules(config: Config, node: Node) -> Mapping[Flow, Rule]:

@@ -83,6 +83,32 @@ def retrying(
     )
 
 
+def _log_failure(sentence: str, detail: BaseException | None) -> None:
+    log.warning("failed", error=sentence, exc_info=detail)
+
+
+async def contained(
+    what: str,
+    body: Callable[[], Awaitable[object]],
+    *,
+    log_failure: Callable[[str, BaseException | None], None] = _log_failure,
+) -> str | None:
+    """Run `body`; return None, or how it failed in one sentence. A defect in one part must not end the others.
+
+    `log_failure` gets the sentence, and the exception where a person needs to see its trace. Cancellation passes.
+    """
+    try:
+        await body()
+    except SrdError as error:
+        log_failure(str(error), None)
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - the one place where everything is caught
+        sentence = f"{what} failed unexpectedly: {type(error).__name__}"
+        log_failure(sentence, error)
+        return sentence
+    return None
+
+
 class Loop:
     """Runs one reconciler: when woken, at least every `resync` seconds, each pass bounded by `timeout` seconds."""
 
@@ -122,22 +148,21 @@ class Loop:
                     raise
 
     async def _pass(self) -> None:
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._reconcile()
-        except SrdError as error:
-            self._failed(str(error), detail=None)
-        except TimeoutError as error:
-            self._failed(f"{self.name} did not finish within {self._timeout:g} s", detail=error)
-        except Exception as error:  # noqa: BLE001 - the one place: a defect in one loop must not end the others
-            self._failed(f"{self.name} failed unexpectedly", detail=error)
-        else:
+        failure = await contained(self.name, self._bounded, log_failure=self._failed)
+        if failure is None:
             if self.failures:
                 log.info("recovered", loop=self.name, failures=self.failures)
             self.failures = 0
             self.last_error = None
             self._first_pass.set()
         self.last_tick = boottime()
+
+    async def _bounded(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._reconcile()
+        except TimeoutError as error:
+            raise SrdError("finish", self.name, f"it took longer than {self._timeout:g} s") from error
 
     def _failed(self, sentence: str, detail: BaseException | None) -> None:
         # The same error again and again is one line, at its first occurrence.
