@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import structlog
 import tenacity
@@ -23,7 +22,6 @@ log = structlog.get_logger(__name__)
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-T = TypeVar("T")
 
 BACKOFF_FIRST_SECONDS: Final = 0.1
 BACKOFF_CAP_SECONDS: Final = 30.0
@@ -172,20 +170,19 @@ class Loop:
         self.last_error = sentence
 
 
-@asynccontextmanager
-async def running(*bodies: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Run the bodies as tasks while the block runs, and cancel and await them at its end, the last one first.
+async def until_first(*bodies: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run the bodies side by side until the first one ends; cancel the others, await them, and raise its error if any.
 
-    A body that ends with an error ends the block with it.
+    Not a TaskGroup: before Python 3.13 one whose child fails while it is being cancelled swallows the cancellation
+    (python/cpython#116720), and a connection that breaks just as srd stops is exactly that.
     """
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_as_coroutine(body)) for body in bodies]
-        try:
-            yield
-        finally:
-            for task in reversed(tasks):
-                task.cancel()
-
-
-async def _as_coroutine(body: Callable[[], Awaitable[T]]) -> T:
-    return await body()
+    tasks = [asyncio.create_task(body()) for body in bodies]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    failures = [task.exception() for task in tasks if not task.cancelled() and task.exception() is not None]
+    if failures and failures[0] is not None:
+        raise failures[0]

@@ -16,8 +16,6 @@ from typing import Any, Final
 from srd.config import Config, Node
 from srd.model import Endpoint, IpAddress, IpsecMode, NodeKind, Role, Service, Suite
 
-_EMPTY: Final[Mapping[Any, Any]] = MappingProxyType({})
-
 
 class ChildState(enum.StrEnum):
     """Where a child is in its life; the table of transitions is in supervise/process.py."""
@@ -40,7 +38,7 @@ class Child:
     ready_since: float | None = None
     adopted: bool = False
     restarts: int = 0
-    exits: Mapping[str, int] = _EMPTY
+    exits: Mapping[str, int] = field(default_factory=dict)
     last_exit: str | None = None
     retry_at: float | None = None
     waiting_for: str | None = None
@@ -172,7 +170,7 @@ class Kernel:
     policies_installed: bool
     foreign_overrides: tuple[str, ...] = ()
     drift_mended: int = 0
-    xfrm_errors: Mapping[str, int] = _EMPTY
+    xfrm_errors: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,17 +187,17 @@ class RoleChange:
 class View:
     """One whole snapshot. A field belongs to the one writer that claimed it."""
 
-    children: Mapping[Service, Child] = _EMPTY
-    links: Mapping[str, Link] = _EMPTY
-    channels: Mapping[str, Channel] = _EMPTY
-    peers: Mapping[str, PeerReport] = _EMPTY
+    children: Mapping[Service, Child] = field(default_factory=dict)
+    links: Mapping[str, Link] = field(default_factory=dict)
+    channels: Mapping[str, Channel] = field(default_factory=dict)
+    peers: Mapping[str, PeerReport] = field(default_factory=dict)
     kernel: Kernel | None = None
     redis: Redis | None = None
-    sentinels: Mapping[str, SentinelAnswer] = _EMPTY
+    sentinels: Mapping[str, SentinelAnswer] = field(default_factory=dict)
     lease: Lease | None = None
     history: tuple[RoleChange, ...] = ()
-    sentinel_events: Mapping[str, int] = _EMPTY
-    certificates: Mapping[str, float] = _EMPTY
+    sentinel_events: Mapping[str, int] = field(default_factory=dict)
+    certificates: Mapping[str, float] = field(default_factory=dict)
     initialized: bool = False
     started: float = 0.0
 

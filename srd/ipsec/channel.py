@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 
 from srd.model import Credentials, Identity, SrdError
@@ -43,12 +45,13 @@ def tls_context(credentials: Credentials) -> SSL.Context:
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     # OpenSSL refuses a session without this when certificates are asked for, even one that it will not cache.
     context.set_session_id(b"srd")
-    context.use_certificate(crypto.load_certificate(crypto.FILETYPE_PEM, credentials.certificate))
-    context.use_privatekey(crypto.load_privatekey(crypto.FILETYPE_PEM, credentials.key.reveal().encode()))
+    context.use_certificate(x509.load_pem_x509_certificate(credentials.certificate))
+    key = load_pem_private_key(credentials.key.reveal().encode(), password=None)
+    context.use_privatekey(key)  # type: ignore[arg-type]  # the bundle was checked: an EC key
     store = context.get_cert_store()
     if store is None:
         raise KeyingError("set up TLS", "", "OpenSSL gave no certificate store")
-    store.add_cert(crypto.load_certificate(crypto.FILETYPE_PEM, credentials.authority))
+    store.add_cert(crypto.X509.from_cryptography(x509.load_pem_x509_certificate(credentials.authority)))
     context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
     return context
 

@@ -35,7 +35,7 @@ from srd.model import (
     SrdError,
     Suite,
 )
-from srd.reconcile import backoff_seconds, boottime, contained
+from srd.reconcile import backoff_seconds, boottime, contained, until_first
 from srd.state import Channel, PeerReport, Store
 
 log = structlog.get_logger(__name__)
@@ -115,12 +115,16 @@ class Keying:
 
     async def run(self, listeners: list[socket.socket]) -> None:
         """Serve and connect until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for listener in listeners:
-                group.create_task(self._accept(listener, group))
-            for peer in self._peers.values():
-                if self._node.name < peer.name:
-                    group.create_task(self._lead(peer))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for listener in listeners:
+                    group.create_task(self._accept(listener, group))
+                for peer in self._peers.values():
+                    if self._node.name < peer.name:
+                        group.create_task(self._lead(peer))
+        finally:
+            for channel in self._live.values():
+                channel.close()
 
     # --- the follower
 
@@ -174,28 +178,25 @@ class Keying:
     async def _lead(self, peer: Node) -> None:
         failures = 0
         while True:
-            channel: TlsChannel | None = None
             try:
-                channel = await self._connect(peer)
-                generation = await self._exchange.lead(peer, channel)
+                channel = await self._keyed(peer)
             except SrdError as error:
                 self._failed(peer, error)
-                if channel is not None:
-                    channel.close()
                 failures += 1
                 await asyncio.sleep(backoff_seconds(failures, random.uniform(-1, 1)))  # noqa: S311 - jitter
             else:
                 failures = 0
-                self._established(peer, channel, generation)
                 await self._hold(peer, channel, leading=True)
 
-    async def _connect(self, peer: Node) -> TlsChannel:
+    async def _keyed(self, peer: Node) -> TlsChannel:
+        """Connect and make a generation of keys."""
         local, remote = leg_addresses(self._node, peer)[0]
         channel = await self._open(await self._dial(local, remote), accepted=False)
         try:
             identity = await channel.handshake(self._identify, STEP_SECONDS)
             if self._admit(identity, channel) is not peer:
                 raise KeyingError("admit", peer.name, f"{identity.node} answers at its address")
+            self._established(peer, channel, await self._exchange.lead(peer, channel))
         except (SrdError, asyncio.CancelledError):
             channel.close()
             raise
@@ -251,14 +252,11 @@ class Keying:
                 await asyncio.sleep(BEAT_SECONDS)
 
         try:
-            async with asyncio.TaskGroup() as group:
-                listener = group.create_task(listen())
-                await speak()
-                listener.cancel()
-        except* KeyingError as errors:
+            await until_first(listen, speak)
+        except KeyingError as error:
             if self._live.get(peer.name) is channel:
                 del self._live[peer.name]
-                self._failed(peer, errors.exceptions[0])
+                self._failed(peer, error)
                 channel.close()
 
     def _established(self, peer: Node, channel: TlsChannel, generation: Generation) -> None:

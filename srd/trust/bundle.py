@@ -64,6 +64,7 @@ def write_bundles(text: str, output: Path, now: datetime.datetime) -> Config:
     if output.exists():
         raise ConfigError("write the bundles to", str(output), "it exists already", "name a new directory")
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
         raise ConfigError("write the bundles to", str(output), str(error.strerror)) from error

@@ -1,0 +1,208 @@
+"""Keying between real nodes on loopback: real certificates, real TLS, and a table in the kernel's place."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from support.clusters import cluster_toml, make_bundles
+
+from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
+from srd.ipsec.keying import Keying, Report
+from srd.ipsec.mesh import Generation
+from srd.model import IpsecMode, Role, Suite
+from srd.reconcile import boottime
+from srd.state import Store
+from srd.trust.authority import identify
+from srd.trust.bundle import Bundle
+
+SOFTWARE_AES = {Suite.AES_256_GCM: 1, Suite.CHACHA20_POLY1305: 2}
+FAST_AES = {Suite.AES_256_GCM: 3, Suite.CHACHA20_POLY1305: 2}
+
+
+class Tables:
+    """What each node's kernel would hold, and the one rule that must never break."""
+
+    def __init__(self) -> None:
+        self.inbound: dict[tuple[str, int], bytes] = {}  # (receiving node, SPI) -> key
+        self.outbound: dict[tuple[str, int], bytes] = {}
+        self.pinned: dict[tuple[str, str], Generation] = {}  # (sending node, peer)
+        self.keys: list[bytes] = []
+
+    def of(self, node: str) -> NodeTables:
+        return NodeTables(self, node)
+
+
+class NodeTables:
+    """One node's side of `Tables`; the shape of `srd.ipsec.exchange.Installer`."""
+
+    def __init__(self, tables: Tables, node: str) -> None:
+        self.tables = tables
+        self.node = node
+
+    async def install_inbound(self, generation: Generation) -> None:
+        for leg in generation.legs:
+            self.tables.inbound[self.node, leg.spi_in] = leg.key_in
+            self.tables.keys.append(leg.key_in)
+
+    async def install_outbound(self, generation: Generation) -> None:
+        for leg in generation.legs:
+            self.tables.outbound[self.node, leg.spi_out] = leg.key_out
+
+    async def pin(self, generation: Generation) -> None:
+        for leg in generation.legs:
+            received_with = self.tables.inbound.get((generation.peer, leg.spi_out))
+            assert received_with == self.tables.outbound[self.node, leg.spi_out], "it sends what cannot be received"
+        self.tables.pinned[self.node, generation.peer] = generation
+
+    async def retire(self, peer: str) -> None:
+        assert (peer, self.node) in self.tables.pinned, "it retires keys that the peer may still send under"
+
+    async def discard(self, generation: Generation) -> None:
+        for leg in generation.legs:
+            self.tables.inbound.pop((self.node, leg.spi_in), None)
+
+
+def esp(bundle: Bundle) -> Bundle:
+    """Return the bundle with ipsec.mode on: loopback addresses are refused by the file, but key as any other."""
+    section = msgspec.structs.replace(bundle.config.ipsec, mode=IpsecMode.ESP)
+    return dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, ipsec=section))
+
+
+def keying_of(bundle: Bundle, tables: Tables, grades: dict[Suite, int]) -> tuple[Keying, Store]:
+    store = Store(boottime())
+    keying = Keying(
+        config=bundle.config,
+        node=bundle.node,
+        credentials=bundle.credentials,
+        identify=identify,
+        boot_id=f"boot-of-{bundle.node.name}",
+        grades=grades,
+        installer=tables.of(bundle.node.name),
+        store=store,
+        report=lambda: Report("0.1.0", initialized=False, role=Role.UNKNOWN, healthy=False, offset=None),
+        protected=lambda _peer: True,
+        mark=None,
+    )
+    return keying, store
+
+
+@contextlib.asynccontextmanager
+async def running(*keyings: Keying) -> AsyncIterator[None]:
+    listeners = [keying.listen() for keying in keyings]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(keying.run(bound)) for keying, bound in zip(keyings, listeners, strict=True)]
+            yield
+            for task in tasks:
+                task.cancel()
+    finally:
+        for bound in listeners:
+            for listener in bound:
+                listener.close()
+
+
+@pytest.fixture
+def bundles(tmp_path: Path) -> dict[str, Bundle]:
+    return {name: esp(bundle) for name, bundle in make_bundles(tmp_path, cluster_toml()).items()}
+
+
+async def test_every_pair_is_keyed_and_no_key_is_used_twice(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    nodes = [keying_of(bundle, tables, SOFTWARE_AES) for bundle in bundles.values()]
+    async with running(*(keying for keying, _ in nodes)):
+        for _, store in nodes:
+            await store.wait_for(lambda view: all(c.connected for c in view.channels.values()), 20)
+    assert set(tables.pinned) == {(a, b) for a in bundles for b in bundles if a != b}
+    assert len(set(tables.keys)) == len(tables.keys) == 6
+
+
+async def test_the_key_exchange_is_post_quantum_hybrid(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    nodes = [keying_of(bundles[name], tables, SOFTWARE_AES) for name in ("redis-1", "redis-2")]
+    async with running(*(keying for keying, _ in nodes)):
+        view = await nodes[0][1].wait_for(lambda view: view.channels["redis-2"].connected, 20)
+    assert view.channels["redis-2"].group == "X25519MLKEM768"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "suite"),
+    [
+        (FAST_AES, FAST_AES, Suite.AES_256_GCM),
+        (FAST_AES, SOFTWARE_AES, Suite.CHACHA20_POLY1305),
+        (SOFTWARE_AES, SOFTWARE_AES, Suite.CHACHA20_POLY1305),
+        (FAST_AES, {Suite.AES_256_GCM: 1}, Suite.AES_256_GCM),
+    ],
+)
+async def test_the_slower_end_decides_the_suite(
+    bundles: dict[str, Bundle], first: dict[Suite, int], second: dict[Suite, int], suite: Suite
+) -> None:
+    tables = Tables()
+    one, two = keying_of(bundles["redis-1"], tables, first), keying_of(bundles["redis-2"], tables, second)
+    async with running(one[0], two[0]):
+        for store, peer in ((one[1], "redis-2"), (two[1], "redis-1")):
+            view = await store.wait_for(lambda view, peer=peer: view.channels[peer].connected, 20)
+            assert view.channels[peer].suite is suite
+
+
+async def test_a_node_that_comes_back_is_keyed_anew(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    one, one_store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    two, two_store = keying_of(bundles["redis-2"], tables, FAST_AES)
+    async with running(one):
+        async with running(two):
+            await two_store.wait_for(lambda view: view.channels["redis-1"].connected, 20)
+            before = tables.pinned["redis-1", "redis-2"]
+        await one_store.wait_for(lambda view: not view.channels["redis-2"].connected, 20)
+        again, again_store = keying_of(bundles["redis-2"], tables, FAST_AES)
+        async with running(again):
+            await again_store.wait_for(lambda view: view.channels["redis-1"].connected, 20)
+            after = tables.pinned["redis-1", "redis-2"]
+    assert after.number > before.number
+    assert not after.spis & before.spis
+
+
+async def test_garbage_and_strangers_do_not_keep_a_peer_out(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    one, one_store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
+    async with running(two):
+        strangers = []
+        for number in range(50):
+            stranger = socket.create_connection(("127.0.1.2", KEYING_PORT))
+            stranger.sendall(b"GET / HTTP/1.0\r\n\r\n" if number % 2 else b"\x16\x03")
+            strangers.append(stranger)
+        async with running(one):
+            await one_store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        for stranger in strangers:
+            stranger.close()
+
+
+async def test_another_cluster_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    other = {n: esp(b) for n, b in make_bundles(tmp_path / "other", cluster_toml(name="other")).items()}
+    tables = Tables()
+    mine, store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    theirs, _ = keying_of(other["redis-2"], tables, FAST_AES)
+    async with running(mine, theirs):
+        view = await store.wait_for(lambda view: view.channels["redis-2"].last_error is not None, 20)
+    assert "certificate" in (view.channels["redis-2"].last_error or "")
+    assert not tables.pinned
+
+
+async def test_the_leader_connects_from_the_eight_client_ports(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    one, _ = keying_of(bundles["redis-1"], tables, FAST_AES)
+    listener = socket.create_server(("127.0.1.2", KEYING_PORT))
+    listener.settimeout(20)
+    async with running(one):
+        connection, address = await asyncio.to_thread(listener.accept)
+    connection.close()
+    listener.close()
+    assert address[0] == "127.0.1.1"
+    assert address[1] in KEYING_CLIENT_PORTS
