@@ -239,6 +239,11 @@ class _Refusal:
     text: str
     origin: str
 
+    def stands(self, key: str) -> bool:
+        """Whether the file itself sets the key, so that it can be pointed at."""
+        line = _line_of(self.text, key)
+        return line is not None and key.rpartition(".")[2] in self.text.splitlines()[line - 1]
+
     def at(self, key: str, reason: str, remedy: str = "") -> ConfigError:
         line = _line_of(self.text, key)
         where = f"{self.origin}:{line}" if line else self.origin
@@ -255,7 +260,8 @@ class _Refusal:
         if missing:
             key = f"{key}.{missing[1]}" if key else missing[1]
             return self.at(key, "missing", "config/cluster.toml is a complete example")
-        return self.at(key, message[0].lower() + message[1:].replace("`", ""))
+        words = message.replace("`", "").replace("object", "table")
+        return self.at(key, words[0].lower() + words[1:])
 
 
 class _Checker:
@@ -356,10 +362,15 @@ class _Checker:
             ("tls.port", raw.tls.port),
             ("http.port", raw.http.port),
         )
+        owners: dict[int, str] = {}
         for key, port in ports:
             if port in taken:
                 raise self.refuse.at(key, f"port {port} is taken by {taken[port]}")
-            taken[port] = key
+            other = owners.setdefault(port, key)
+            if other != key:
+                # One of the two may be a default that the file does not show.
+                here, there = (key, other) if self.refuse.stands(key) else (other, key)
+                raise self.refuse.at(here, f"port {port} is {there} too")
 
     def _sentinel(self, config: Config) -> None:
         sentinel = config.sentinel

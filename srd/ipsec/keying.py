@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from OpenSSL import SSL
@@ -82,7 +82,7 @@ class Keying:
         config: Config,
         node: Node,
         credentials: Credentials,
-        identify: Callable[[object], Identity],
+        identify: Callable[[Any], Identity],
         boot_id: str,
         grades: Mapping[Suite, int],
         installer: Installer,

@@ -1,0 +1,110 @@
+"""cluster.toml: the samples that ship, and every mistake that a person can make in one, by key and line."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srd.config import Config, load_config, parse_config
+from srd.model import EXIT_CONFIG, ConfigError
+
+SAMPLES = Path(__file__).parents[2] / "config"
+MINIMAL = (SAMPLES / "cluster.toml").read_text()
+REFERENCE = (SAMPLES / "cluster.reference.toml").read_text()
+
+
+def parse(text: str) -> Config:
+    return parse_config(text, "cluster.toml")
+
+
+def test_the_reference_shows_the_defaults() -> None:
+    assert parse(REFERENCE) == parse(MINIMAL)
+
+
+def test_the_reference_names_every_key() -> None:
+    config = parse(REFERENCE)
+    for section in ("redis", "sentinel", "tls", "ipsec", "http"):
+        text = REFERENCE[REFERENCE.index(f"[{section}]") :]
+        for key in getattr(config, section).__struct_fields__:
+            assert re.search(rf"^#? ?{key} = |^\[{section}\.{key}\]", text, re.MULTILINE), f"{section}.{key}"
+
+
+def test_a_cluster_of_three() -> None:
+    config = parse(MINIMAL)
+    assert [node.name for node in config.peers_of("redis-2")] == ["redis-1", "redis-3"]
+    assert (config.majority, config.quorum, config.min_replicas_to_write) == (2, 2, 1)
+    assert config.primary_lease == 4
+
+
+def test_an_arbiter_votes_and_holds_no_data() -> None:
+    config = parse(MINIMAL.replace('12"]', '12"]\nkind = "sentinel"'))
+    assert len(config.voters) == 3
+    assert [node.name for node in config.redis_nodes] == ["redis-1", "redis-2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line", "reason"),
+    [
+        (MINIMAL + "\n[redis]\nprot = 1\n", "redis.prot", 17, "no such key"),
+        (MINIMAL + "\n[rdis]\n", "rdis", 16, "no such key"),
+        (MINIMAL.replace("205.11", "205.10"), "node[1].addresses", 10, "192.168.205.10 is node 'redis-1' already"),
+        (MINIMAL.replace("redis-2", "redis-1"), "node[1].name", 9, "redis-1 is node 'redis-1' already"),
+        (MINIMAL.replace('"192.168.205.12"', '"db3"'), "node[2].addresses", 14, "'db3' is not an IP address"),
+        (MINIMAL.replace('"192.168.205.12"', '"127.0.0.1"'), "node[2].addresses", 14, "not an address that other"),
+        (MINIMAL.replace('"192.168.205.12"', ""), "node[2].addresses", 14, "no address"),
+        (MINIMAL.replace('"192.168.205.12"', '"fd00::1"'), "node[2].addresses", 14, "the same IP families"),
+        (MINIMAL.replace('12"', '12", "10.0.0.1"'), "node[2].addresses", 14, "2 IPv4 addresses"),
+        (MINIMAL + 'kind = "etcd"\n', "node[2].kind", 15, "invalid enum value"),
+        (MINIMAL.replace("orders", "Orders"), "cluster", 2, "not a name"),
+        (MINIMAL + "[sentinel]\nquorum = 4\n", "sentinel.quorum", 16, "cannot be reached: 3 nodes"),
+        (MINIMAL + "[sentinel]\nquorum = 1\n", "sentinel.quorum", 16, "less than a majority"),
+        (MINIMAL + "[sentinel]\ndown_after = 1\n", "sentinel.down_after", 16, "takes writes for up to 4 s"),
+        (MINIMAL + "[redis]\nport = 26379\n", "redis.port", 16, "port 26379 is sentinel.port too"),
+        (MINIMAL + "[http]\nport = 849\n", "http.port", 16, "port 849 is taken by the keying channel"),
+        (MINIMAL + "[tls]\nport = 0\n", "tls.port", 16, "expected int >= 1"),
+        (MINIMAL + '[redis]\nport = "6379"\n', "redis.port", 16, "expected int, got str"),
+        (MINIMAL + '[ipsec]\nbypass = ["tcp/6379"]\n', "ipsec.bypass", 16, "never in plaintext"),
+        (MINIMAL + '[ipsec]\nbypass = ["ssh"]\n', "ipsec.bypass", 16, "not of the form tcp/22"),
+        (MINIMAL + '[redis]\napp_channels = ["*"]\n', "redis.app_channels", 16, "would open __sentinel__:hello"),
+        (MINIMAL + '[redis]\napp_channels = ["__[a-z]*"]\n', "redis.app_channels", 16, "would open"),
+        (MINIMAL + '[redis.settings]\nbind = "0.0.0.0"\n', "redis.settings.bind", 16, "srd sets this itself"),
+        (MINIMAL + '[redis.settings]\nmaxmemory = "1\\nuser x"\n', "redis.settings.maxmemory", 16, "one line"),
+        ('cluster = "a"\n[node]\nname = "x"\n', "node", 2, "expected array, got table"),
+        ('cluster = "a"\nnode = []\n', "node", 2, 'no node of kind = "redis"'),
+        ('cluster = "a"\n[[node]]\nname = "x"\n', "node[0].addresses", 2, "missing"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_by_key_and_line(text: str, key: str, line: int, reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert caught.value.exit_status == EXIT_CONFIG
+    assert caught.value.subject == f"cluster.toml:{line}"
+    assert caught.value.reason.startswith(f"{key}: ")
+    assert reason in caught.value.reason
+
+
+def test_what_is_not_toml_is_named_by_line() -> None:
+    with pytest.raises(ConfigError, match=r"not TOML: .*line 1"):
+        parse("cluster = orders\n")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="srd init writes one"):
+        load_config(tmp_path / "cluster.toml")
+
+
+@given(st.text(max_size=200))
+def test_no_text_makes_it_fail_in_any_other_way(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse(text)
+
+
+@given(st.sampled_from(MINIMAL.splitlines()), st.sampled_from(REFERENCE.splitlines()))
+def test_a_line_put_elsewhere_is_refused_or_understood(line: str, other: str) -> None:
+    with contextlib.suppress(ConfigError):
+        parse(MINIMAL.replace(line, other, 1))
