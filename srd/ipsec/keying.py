@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Final
 
 import structlog
-from OpenSSL import SSL
 
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
 from srd.desired import leg_addresses
@@ -93,7 +92,7 @@ class Keying:
     ) -> None:
         self._config = config
         self._node = node
-        self._context: SSL.Context = tls_context(credentials)
+        self._context = tls_context(credentials)
         self._identify = identify
         self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
         self._report = report

@@ -1,51 +1,20 @@
-"""The XFRM netlink ABI: values to message bodies and back. Pure: no I/O, no clock, no state.
+"""The XFRM netlink ABI: numbers, layouts, framing. Pure: no I/O, no clock, no state.
 
 Layouts are those of include/uapi/linux/xfrm.h, which may never change; `name (size)` in a comment is the C
 structure and its sizeof on every architecture with 8-byte alignment of u64. Integers are in host order;
 SPIs, ports, port masks and addresses are in network order, and an IPv4 address is the first 4 of 16 bytes.
 
-Keys go out and never come in: `redact` zeroes them in what the kernel sends before anything else sees it,
-and the decoders don't look at them.
+Keys go out and never come in: `redact` zeroes them in what the kernel sends before anything else sees it.
 """
 
 from __future__ import annotations
 
 import enum
-import errno
 import struct
-from collections.abc import Callable, Iterator
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from socket import AF_INET, AF_INET6, AF_UNSPEC, htonl, htons, ntohl, ntohs
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from srd.ipsec.xfrm_types import (
-    ESP,
-    Acquire,
-    Action,
-    Direction,
-    Expired,
-    IpAddress,
-    IpNetwork,
-    Lifetime,
-    MalformedError,
-    Mark,
-    Mode,
-    Policy,
-    PolicyChanged,
-    PolicyDeleted,
-    PolicyExpired,
-    PolicyFlushed,
-    PolicyInfo,
-    Sa,
-    SaChanged,
-    SaDeleted,
-    SaFlushed,
-    SaInfo,
-    Selector,
-    SpdInfo,
-    Template,
-    XfrmEvent,
-)
+from srd.ipsec.xfrm_types import MalformedError
 
 
 class Message(enum.IntEnum):
@@ -104,9 +73,14 @@ LEGACY_WINDOW_MAX: Final = 32  # bits of xfrm_replay_state.bitmap
 SAD_CNT: Final = 1  # XFRMA_SAD_CNT
 SPD_INFO: Final = 1  # XFRMA_SPD_INFO
 ALL_ALGORITHMS: Final = 0xFFFFFFFF
+ALL_FLAGS: Final = b"\xff\xff\xff\xff"  # the body of GETSADINFO and GETSPDINFO, as iproute2 sends it; unused
 
+NLA_TYPE_MASK: Final = 0x3FFF
 NLMSG_ERROR: Final = 2
 NLMSG_DONE: Final = 3
+NLM_F_REQUEST: Final = 0x1
+NLM_F_ACK: Final = 0x4
+NLM_F_DUMP: Final = 0x300
 NLM_F_CAPPED: Final = 0x100
 NLM_F_ACK_TLVS: Final = 0x200
 NLMSGERR_ATTR_MSG: Final = 1
@@ -139,14 +113,14 @@ NO_SELECTOR: Final = bytes(SELECTOR.size)
 NO_USAGE: Final = bytes(USAGE.size)
 
 # Where a key starts in each attribute that has one: sizeof xfrm_algo, xfrm_algo_auth, xfrm_algo_aead.
-KEY_OFFSET: Final = {
+KEY_OFFSET: Final[dict[int, int]] = {
     Attribute.ALG_AUTH: 68,
     Attribute.ALG_CRYPT: 68,
     Attribute.ALG_AUTH_TRUNC: 72,
     Attribute.ALG_AEAD: 72,
 }
 # Message bodies that may be followed by keys, with the size of what stands before their attributes.
-BODY_SIZE: Final = {
+BODY_SIZE: Final[dict[int, int]] = {
     Message.NEWSA: SA_INFO.size,
     Message.UPDSA: SA_INFO.size,
     Message.DELSA: SA_ID.size,
@@ -198,7 +172,7 @@ def attributes(body: memoryview, offset: int) -> Iterator[tuple[int, int, memory
         length, kind = ATTRIBUTE.unpack_from(body, offset)
         if not ATTRIBUTE.size <= length <= len(body) - offset:
             raise MalformedError("an attribute is cut short")
-        yield kind, offset + ATTRIBUTE.size, body[offset + ATTRIBUTE.size : offset + length]
+        yield kind & NLA_TYPE_MASK, offset + ATTRIBUTE.size, body[offset + ATTRIBUTE.size : offset + length]
         offset += align(length)
 
 
@@ -209,13 +183,13 @@ def redact(data: bytes) -> bytes:
         for frame in frames(data):
             if frame.type == NLMSG_ERROR and not frame.flags & NLM_F_CAPPED:
                 _wipe(clean, frame.start + ERROR.size + HEADER.size, frame.start + len(frame.body))
-            size = BODY_SIZE.get(Message(frame.type)) if frame.type in Message else None
+            size = BODY_SIZE.get(frame.type)
             if size is None:
                 continue
             for kind, offset, value in attributes(frame.body, size):
                 if kind in KEY_OFFSET:
                     begin = frame.start + offset
-                    _wipe(clean, begin + KEY_OFFSET[Attribute(kind)], begin + len(value))
+                    _wipe(clean, begin + KEY_OFFSET[kind], begin + len(value))
     except MalformedError:
         _wipe(clean, HEADER.size, len(clean))
     return bytes(clean)

@@ -53,7 +53,10 @@ class Mode(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """XFRMA_MARK: matches where `packet mark & mask == value`. Part of the identity of a policy and of an SA."""
+    """XFRMA_MARK: matches where `packet mark & mask == value`. Part of the identity of a policy and of an SA.
+
+    An SA is looked up as a packet would: one without a mark answers to every mark, for deleting too.
+    """
 
     value: int
     mask: int = 0xFFFFFFFF

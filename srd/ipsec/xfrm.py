@@ -1,0 +1,396 @@
+"""The kernel's IPsec tables (XFRM) over netlink: SAs, policies, events. What the rest of a program imports.
+
+Two sockets, because pyroute2 hands messages out by sequence number and XFRM's events repeat that of the request
+which caused them: `XfrmSocket` asks, `XfrmEvents` listens. Neither follows its process into another
+network namespace: they work in the one where they were opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from ipaddress import IPv4Address, IPv4Network
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from srd.ipsec import xfrm_abi as abi
+from srd.ipsec import xfrm_encode as encode
+from srd.ipsec.xfrm_abi import Group, Message
+from srd.ipsec.xfrm_netlink import (
+    RECEIVE_BUFFER,
+    REMEDIES,
+    AsyncXfrmEventSocket,
+    AsyncXfrmSocket,
+    KernelError,
+    RawMessage,
+    exchange,
+    receive,
+)
+from srd.ipsec.xfrm_types import (
+    Acquire,
+    Action,
+    Aead,
+    AlreadyExistsError,
+    Direction,
+    Expired,
+    IpAddress,
+    IpNetwork,
+    Lifetime,
+    MalformedError,
+    Mark,
+    MissingError,
+    Mode,
+    NotPermittedError,
+    NotSupportedError,
+    Overrun,
+    Policy,
+    PolicyChanged,
+    PolicyDeleted,
+    PolicyExpired,
+    PolicyFlushed,
+    PolicyInfo,
+    Sa,
+    SaChanged,
+    SaDeleted,
+    SaFlushed,
+    SaInfo,
+    Selector,
+    SpdInfo,
+    Template,
+    XfrmError,
+    XfrmEvent,
+)
+
+__all__ = [
+    "Acquire",
+    "Action",
+    "Aead",
+    "AlreadyExistsError",
+    "Direction",
+    "Expired",
+    "IpAddress",
+    "IpNetwork",
+    "Lifetime",
+    "MalformedError",
+    "Mark",
+    "MissingError",
+    "Mode",
+    "NotPermittedError",
+    "NotSupportedError",
+    "Overrun",
+    "Policy",
+    "PolicyChanged",
+    "PolicyDeleted",
+    "PolicyExpired",
+    "PolicyFlushed",
+    "PolicyInfo",
+    "Sa",
+    "SaChanged",
+    "SaDeleted",
+    "SaFlushed",
+    "SaInfo",
+    "Selector",
+    "SpdInfo",
+    "Template",
+    "XfrmError",
+    "XfrmEvent",
+    "XfrmEvents",
+    "XfrmSocket",
+    "probe_esp",
+    "try_aead",
+]
+
+T = TypeVar("T")
+
+REQUEST_TIMEOUT: Final = 5.0  # the kernel answers within its send(); a dump of 4000 SAs takes 0.08 s
+# Where the kernel answers with data, an ACK would come after it and be nobody's.
+_ANSWERED: Final = abi.NLM_F_REQUEST
+_ACKED: Final = abi.NLM_F_REQUEST | abi.NLM_F_ACK
+_DUMPED: Final = abi.NLM_F_REQUEST | abi.NLM_F_DUMP
+_BROKEN: Final = (errno.ENOBUFS, errno.ECONNRESET, errno.EBADF)  # the socket is of no more use
+
+
+class XfrmSocket:
+    """Requests to the kernel's SA and policy tables. An async context manager; `close` may be called at any time.
+
+    Every method raises an XfrmError that names the object, within `timeout` seconds. The kernel has acted by the
+    time a request is sent, so one that is cancelled or timed out may have been carried out.
+
+    `sa_direction` is whether to send XFRMA_SA_DIR; None asks the kernel's release (6.10 and later).
+    """
+
+    def __init__(self, *, timeout: float = REQUEST_TIMEOUT, sa_direction: bool | None = None) -> None:
+        self.pid = secrets.randbits(31) | 1  # XFRM repeats what the header says; this tells our events from all others
+        self._timeout = timeout
+        self._sa_direction = _kernel_has_sa_direction() if sa_direction is None else sa_direction
+        self._core: AsyncXfrmSocket | None = None
+        self._one_at_a_time = asyncio.Lock()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close for good; what is installed stays."""
+        self._closed = True
+        self._discard()
+
+    async def add_sa(self, sa: Sa) -> None:
+        """Install an SA. AlreadyExistsError if its destination, SPI and mark are in use, whatever the source."""
+        await self._send_sa(Message.NEWSA, "add", sa)
+
+    async def update_sa(self, sa: Sa) -> None:
+        """Give a larval SA (`alloc_spi`) its key, or a complete one new limits.
+
+        The kernel takes a new key for a complete SA without a word and ignores it: to rekey, take a new SPI.
+        """
+        await self._send_sa(Message.UPDSA, "update", sa)
+
+    async def delete_sa(self, destination: IpAddress, spi: int, mark: Mark | None = None) -> None:
+        """Delete an ESP SA."""
+        body = encode.encode_sa_id(destination, spi, mark)
+        await self._request(Message.DELSA, _ACKED, body, "delete", _sa_name(destination, spi))
+
+    async def get_sa(self, destination: IpAddress, spi: int, mark: Mark | None = None) -> SaInfo:
+        """Read one ESP SA."""
+        body = encode.encode_sa_id(destination, spi, mark)
+        return await self._ask(Message.GETSA, body, "read", _sa_name(destination, spi), SaInfo)
+
+    async def sas(self) -> list[SaInfo]:
+        """Read all SAs of all protocols, in one dump."""
+        return _only(SaInfo, await self._request(Message.GETSA, _DUMPED, b"", "read", "the SAs"))
+
+    async def alloc_spi(self, source: IpAddress, destination: IpAddress, reqid: int, low: int, high: int) -> int:
+        """Reserve a free SPI from `low` to `high` by a larval SA; the kernel drops it after xfrm_acq_expires (30 s).
+
+        MissingError if the kernel hits on none: it tries at random, as often as the range has numbers. A larval SA
+        of SPI 0 is then left for as long.
+        """
+        body = encode.encode_spi_range(source, destination, reqid, low, high)
+        subject = f"an SPI for {source} -> {destination} from {low:#x} to {high:#x}"
+        return (await self._ask(Message.ALLOCSPI, body, "reserve", subject, SaInfo)).spi
+
+    async def add_policy(self, policy: Policy) -> None:
+        """Install a policy. AlreadyExistsError if one has its selector, direction and mark, whatever the priority."""
+        await self._request(Message.NEWPOLICY, _ACKED, encode.encode_policy(policy), "add", str(policy))
+
+    async def update_policy(self, policy: Policy) -> None:
+        """Replace the policy of this selector, direction and mark atomically, or add it if there is none."""
+        await self._request(Message.UPDPOLICY, _ACKED, encode.encode_policy(policy), "update", str(policy))
+
+    async def delete_policy(self, policy: Policy) -> None:
+        """Delete by index and mark if `policy.index` is set, else by selector, direction and mark."""
+        await self._request(Message.DELPOLICY, _ACKED, encode.encode_policy_id(policy), "delete", str(policy))
+
+    async def policies(self) -> list[PolicyInfo]:
+        """Read all policies, those of sockets and of the second table too, in one dump."""
+        return _only(PolicyInfo, await self._request(Message.GETPOLICY, _DUMPED, b"", "read", "the policies"))
+
+    async def sad_count(self) -> int:
+        """Count the SAs."""
+        return await self._ask(Message.GETSADINFO, abi.ALL_FLAGS, "count", "the SAs", int)
+
+    async def spd_info(self) -> SpdInfo:
+        """Count the policies."""
+        return await self._ask(Message.GETSPDINFO, abi.ALL_FLAGS, "count", "the policies", SpdInfo)
+
+    async def _send_sa(self, kind: Message, operation: str, sa: Sa) -> None:
+        body = encode.encode_sa(sa, with_direction=self._sa_direction)
+        try:
+            await self._request(kind, _ACKED, body, operation, str(sa))
+        except MissingError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # A missing SA is ESRCH; ENOENT is crypto_alloc_aead() finding only a part of the algorithm.
+            remedy = REMEDIES[errno.ENOSYS]
+            raise NotSupportedError(operation, str(sa), error.errno, error.kernel_text, remedy) from None
+        finally:
+            body[:] = bytes(len(body))
+
+    async def _ask(self, kind: Message, body: bytes, operation: str, subject: str, type_: type[T]) -> T:
+        answers = _only(type_, await self._request(kind, _ANSWERED, body, operation, subject))
+        if not answers:
+            raise XfrmError(operation, subject, errno.EBADMSG, "no answer of the kind")
+        return answers[0]
+
+    async def _request(
+        self, kind: Message, flags: int, body: bytes | bytearray, operation: str, subject: str
+    ) -> list[object]:
+        """Send one request and collect its answers, one at a time: the kernel works inside send() anyway.
+
+        The error is raised outside of every `except`, so that it drags no frame with the request's bytes along.
+        """
+        async with self._one_at_a_time:
+            message, reusable = RawMessage(body), False
+            try:
+                async with asyncio.timeout(self._timeout):
+                    answers = await self._exchange(kind, flags, message)
+            except KernelError as error:
+                failure, reusable = error, error.code not in _BROKEN
+            except TimeoutError:
+                failure = KernelError(errno.ETIMEDOUT, "")
+            except MalformedError as error:
+                failure = KernelError(error.errno, error.kernel_text)
+            except OSError as error:
+                failure = KernelError(error.errno or errno.EIO, "")
+            else:
+                reusable = True
+                return answers
+            finally:
+                message.wipe()
+                if not reusable:
+                    self._discard()  # what is still to come would be nobody's answer
+        raise failure.explain(operation, subject)
+
+    async def _exchange(self, kind: Message, flags: int, message: RawMessage) -> list[object]:
+        if self._closed:
+            raise KernelError(errno.EBADF, "the socket is closed")
+        if self._core is None:
+            self._core = AsyncXfrmSocket()
+        return await exchange(self._core, kind, flags, self.pid, message)
+
+    def _discard(self) -> None:
+        if self._core is not None:
+            self._core.close()
+            self._core = None
+
+
+class XfrmEvents:
+    """What happens to the tables: `async with XfrmEvents() as events: async for event in events: ...`.
+
+    Read the tables only after entering, then nothing is missed. When events were lost an Overrun comes in their
+    place, and the subscription has been renewed by then. A wait may be cut off (asyncio.timeout) without loss.
+
+    Listening to `acquire` makes the kernel create a larval SA for each packet that has none: only for a key manager.
+    """
+
+    def __init__(self, *, acquire: bool = False, receive_buffer: int = RECEIVE_BUFFER) -> None:
+        self._groups = (Group.SA, Group.POLICY, Group.EXPIRE, *((Group.ACQUIRE,) if acquire else ()))
+        self._receive_buffer = receive_buffer
+        self._core: AsyncXfrmEventSocket | None = None
+        self._ready: deque[XfrmEvent] = deque()
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        await self._subscribe()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the subscription, and with it a waiting iteration."""
+        self._closed = True
+        self._drop()
+
+    def __aiter__(self) -> AsyncIterator[XfrmEvent]:
+        return self
+
+    async def __anext__(self) -> XfrmEvent:
+        while not self._ready:
+            if self._closed:
+                raise StopAsyncIteration
+            if self._core is None:
+                await self._subscribe()
+                self._ready.append(Overrun("events were lost while there was no subscription"))
+            else:
+                await self._receive(self._core)
+        return self._ready.popleft()
+
+    async def _receive(self, core: AsyncXfrmEventSocket) -> None:
+        """Wait for one datagram; all of its events become ready at once."""
+        try:
+            self._ready.extend(await receive(core))
+        except MalformedError as error:
+            self._ready.append(Overrun(error.reason))
+        except (KernelError, OSError) as error:
+            self._drop()
+            if not self._closed:
+                code = error.code if isinstance(error, KernelError) else error.errno or errno.EIO
+                await self._subscribe()  # should this fail, the next `__anext__` tries again
+                self._ready.append(Overrun(os.strerror(code)))
+
+    async def _subscribe(self) -> None:
+        core = AsyncXfrmEventSocket(self._receive_buffer)
+        try:
+            await core.setup_endpoint()
+            core.socket.bind((0, 0))  # an address is needed to be sent anything; pyroute2's bind() hides why it fails
+            for group in self._groups:
+                core.add_membership(group)
+        except OSError as error:
+            core.close()
+            failure = KernelError(error.errno or errno.EIO, "")
+        except BaseException:
+            core.close()
+            raise
+        else:
+            self._drop()
+            self._core = core
+            if self._closed:  # meanwhile
+                self._drop()
+            return
+        raise failure.explain("listen to", "the XFRM events")
+
+    def _drop(self) -> None:
+        if self._core is not None:
+            self._core.close()
+            self._core = None
+
+
+async def try_aead(socket_: XfrmSocket, name: str, key_bytes: int = 36) -> None:
+    """Install an ESP SA with this AEAD between two documentation addresses (RFC 5737) and delete it.
+
+    Raises NotSupportedError with what the kernel lacks. The key is random; its 36 bytes are those of AES-256-GCM
+    (RFC 4106 section 8.1) and of ChaCha20-Poly1305 (RFC 7634 section 2), salt included.
+    """
+    here, there = IPv4Address("192.0.2.1"), IPv4Address("192.0.2.2")
+    sa = Sa(
+        source=here,
+        destination=there,
+        spi=0x1000 + secrets.randbelow(0xFFFFF000),
+        reqid=0,
+        aead=Aead(name, secrets.token_bytes(key_bytes)),
+        direction=Direction.OUT,
+        selector=Selector(IPv4Network(here), IPv4Network(there)),
+        lifetime=Lifetime(hard_seconds=60),  # should we not get to deleting it
+    )
+    await socket_.add_sa(sa)
+    await socket_.delete_sa(sa.destination, sa.spi)
+
+
+async def probe_esp(socket_: XfrmSocket, names: Iterable[str]) -> tuple[str, ...]:
+    """Return those of the AEADs that the kernel can use for ESP, in the order given."""
+    usable = []
+    for name in names:
+        try:
+            await try_aead(socket_, name)
+        except NotSupportedError:
+            continue
+        usable.append(name)
+    return tuple(usable)
+
+
+def _sa_name(destination: IpAddress, spi: int) -> str:
+    return f"SA to {destination} spi {spi:#010x}"
+
+
+def _only(kind: type[T], answers: list[object]) -> list[T]:
+    return [answer for answer in answers if isinstance(answer, kind)]
+
+
+def _kernel_has_sa_direction() -> bool:
+    """Tell whether the kernel is 6.10 or later."""
+    major, minor = (int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    return (major, minor) >= (6, 10)
