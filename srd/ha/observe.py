@@ -1,0 +1,188 @@
+"""Watches redis and the sentinels and writes down what they say. Changes nothing in them.
+
+Every one of them is asked by a loop of its own, so that one that does not answer delays no other, and every answer is
+published at once. A sentinel's last answer stays until it is too old to count. Events of the sentinels only wake the
+loops: they can be missed, arrive late or twice, and the next answer is right in any case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
+
+import structlog
+
+from srd.config import Config, Node
+from srd.ha.lease import assess, endpoint_of, fresh
+from srd.ha.resp import ANSWER_SECONDS, RespError
+from srd.ha.restart import Death
+from srd.ha.sentinel import SUBSCRIBED, Event, RedisClient, SentinelClient
+from srd.model import Endpoint, NodeKind, Role, Secrets
+from srd.reconcile import Loop, boottime, until_first
+from srd.state import Redis, RoleChange, SentinelAnswer, Store
+
+log = structlog.get_logger(__name__)
+
+REDIS_POLL_SECONDS: Final = 0.5
+# A sentinel that answers is asked at least four times in a lease, and at least every second.
+QUESTIONS_PER_LEASE: Final = 4
+SENTINEL_POLL_SECONDS: Final = 1.0
+HISTORY_LENGTH: Final = 100
+# What a pass may take beyond its question: nothing in it waits for anyone else.
+_PASS_SLACK_SECONDS: Final = 2.0
+
+
+class Observer:
+    """Keeps `redis`, `sentinels`, `lease`, `history` and `sentinel_events` of the view true.
+
+    The daemon runs `run`, which is made of `loop` (the local redis), `ask_sentinels` and `events`. `wake` holds what
+    shall be woken at each event besides the observer itself.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        node: Node,
+        secrets: Secrets,
+        store: Store,
+        *,
+        clock: Callable[[], float] = boottime,
+        wall_clock: Callable[[], float] = time.time,
+        wake: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self._config = config
+        self._node = node
+        self._store = store
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._callbacks = tuple(wake)
+        self._write_redis = store.writer("redis")
+        self._write_sentinels = store.writer("sentinels")
+        self._write_lease = store.writer("lease")
+        self._write_history = store.writer("history")
+        self._write_events = store.writer("sentinel_events")
+        self.redis: RedisClient | None = None
+        if node.kind is NodeKind.REDIS:
+            self.redis = RedisClient(endpoint_of(config, node), secrets, clock=clock)
+        self.sentinels = {voter.name: SentinelClient(config, voter, secrets, clock=clock) for voter in config.voters}
+        self._answers: dict[str, SentinelAnswer] = {}
+        self._events: dict[str, int] = {}
+        self._last_role = Role.UNKNOWN
+        self.redis_error: str | None = None
+        self.loop = Loop(
+            "observe redis",
+            self.reconcile,
+            resync=REDIS_POLL_SECONDS,
+            timeout=ANSWER_SECONDS + _PASS_SLACK_SECONDS,
+        )
+        share = min(SENTINEL_POLL_SECONDS, config.primary_lease / QUESTIONS_PER_LEASE)
+        # Half of the share is the pause, so the answer may take the other half. One that takes longer is still taken.
+        self._question_seconds = share
+        self._askers = {
+            name: Loop(
+                f"ask the sentinel of {name}",
+                partial(self._ask, client),
+                resync=share / 2,
+                timeout=share + _PASS_SLACK_SECONDS,
+            )
+            for name, client in self.sentinels.items()
+        }
+
+    async def run(self) -> None:
+        """Observe until cancelled, then close every connection."""
+        try:
+            await until_first(self.loop.run, self.ask_sentinels, self.events)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Close every connection; each is opened again when it is needed."""
+        for client in (self.redis, *self.sentinels.values()):
+            if client is not None:
+                await client.close()
+
+    def wake(self) -> None:
+        """Ask redis and every sentinel again, soon."""
+        self.loop.wake()
+        for asker in self._askers.values():
+            asker.wake()
+
+    def death(self) -> Death:
+        """Return how redis ended, when it has just ended, and forget what it was: the next one must say so anew."""
+        died = Death(self._clock(), self._last_role)
+        self._last_role = Role.UNKNOWN
+        return died
+
+    @property
+    def last_role(self) -> Role:
+        """What the present or last redis said that it was; `unknown` when it never answered."""
+        return self._last_role
+
+    async def reconcile(self) -> None:
+        """Ask the local redis, if this node has one, and judge everything again by the present time."""
+        seen = await self._observe_redis(self.redis) if self.redis is not None else None
+        if seen is not None:
+            self._last_role = seen.role
+        self._write_redis(seen)
+        self._publish()
+
+    async def _observe_redis(self, client: RedisClient) -> Redis | None:
+        # A redis that is down is an observation, not a failure of the observer. Said once per reason.
+        try:
+            seen = await client.observe()
+        except RespError as error:
+            if str(error) != self.redis_error:
+                log.info("redis does not answer", error=str(error))
+            self.redis_error = str(error)
+            return None
+        self.redis_error = None
+        return seen
+
+    async def ask_sentinels(self) -> None:
+        """Ask every voter's sentinel again and again, each by itself, until cancelled."""
+        await until_first(*(asker.run for asker in self._askers.values()))
+
+    async def _ask(self, client: SentinelClient) -> None:
+        self._answers[client.node] = await client.ask(self._question_seconds)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Write what follows from the answers. Without a pause in between, so every snapshot is of one mind."""
+        now = self._clock()
+        self._answers = dict(fresh(self._config, self._answers, now))
+        lease = assess(self._config, self._node, self._answers, now)
+        self._write_sentinels(dict(self._answers))
+        self._write_lease(lease)
+        if lease.primary is not None:
+            self._note(lease.primary)
+
+    def _note(self, primary: Endpoint) -> None:
+        """Append to the history if the majority's primary is another than before."""
+        history = self._store.view().history
+        previous = history[-1].current if history else None
+        if primary == previous:
+            return
+        epoch = max(answer.epoch for answer in self._answers.values() if answer.primary == primary)
+        log.info("primary", current=str(primary), previous=str(previous) if previous else None, epoch=epoch)
+        change = RoleChange(self._wall_clock(), epoch, previous, primary)
+        self._write_history((*history, change)[-HISTORY_LENGTH:])
+
+    async def events(self) -> None:
+        """Listen to every sentinel until cancelled: wake at each event, and count those of this node's own."""
+        await until_first(*(partial(self._listen, client) for client in self.sentinels.values()))
+
+    async def _listen(self, client: SentinelClient) -> None:
+        async with contextlib.aclosing(client.events()) as events:
+            async for event in events:
+                self._heard(event)
+
+    def _heard(self, event: Event) -> None:
+        if event.node == self._node.name and event.name != SUBSCRIBED:
+            self._events[event.name] = self._events.get(event.name, 0) + 1
+            self._write_events(dict(self._events))
+        self.wake()
+        for callback in self._callbacks:
+            callback()

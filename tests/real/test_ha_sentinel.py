@@ -1,0 +1,470 @@
+"""The observer and its clients against three real redis and three real sentinels on 127.0.1.1-3."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis as RawRedis
+
+from srd.config import Config, parse_config
+from srd.ha.lease import endpoint_of
+from srd.ha.observe import Observer
+from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
+from srd.ha.sentinel import SUBSCRIBED, RedisClient, SentinelClient
+from srd.model import Endpoint, Role, Secret, Secrets
+from srd.reconcile import boottime, retrying
+from srd.state import Store, View
+
+SECRETS = Secrets(Secret("application"), Secret("replication"), Secret("between-sentinels"), Secret("administrator"))
+WRONG = Secrets(Secret("wrong-one"), Secret("wrong-two"), Secret("wrong-three"), Secret("wrong-four"))
+# Some distributions keep one binary only, which looks at the name by which it was called.
+PROGRAM = shutil.which("redis-server") or shutil.which("redis-check-rdb") or "redis-server"
+
+REDIS_CONF = """
+bind {address}
+port {port}
+dir {directory}
+save ""
+appendonly {appendonly}
+bind-source-addr {address}
+protected-mode yes
+min-replicas-to-write 1
+repl-diskless-sync-delay 0
+requirepass application
+user default on >application ~* +@all
+user replica on >replication +psync +replconf +ping
+user sentinel on >between-sentinels allchannels +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish \
++info +client|setname +client|kill +script|kill
+user srd on >administrator ~* allchannels +@all
+masteruser replica
+masterauth replication
+replica-announce-ip {address}
+"""
+SENTINEL_CONF = """
+bind {address}
+port {port}
+dir {directory}
+bind-source-addr {address}
+requirepass between-sentinels
+sentinel announce-ip {address}
+sentinel announce-port {port}
+sentinel monitor master {primary} {redis_port} 2
+sentinel auth-user master sentinel
+sentinel auth-pass master between-sentinels
+sentinel down-after-milliseconds master 4000
+sentinel failover-timeout master 4000
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that are free on all three addresses."""
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.1.1", 0))
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError):
+                for address in ("127.0.1.2", "127.0.1.3"):
+                    stack.enter_context(socket.socket()).bind((address, port))
+                ports.append(port)
+        return ports
+
+
+class Cluster:
+    """Real programs in a directory of their own; each is ended by its pid."""
+
+    def __init__(self, root: Path) -> None:
+        redis_port, sentinel_port = free_ports(2)
+        nodes = "".join(f'[[node]]\nname = "n{i}"\naddresses = ["127.0.1.{i}"]\n' for i in (1, 2, 3))
+        self.config: Config = parse_config(
+            f'cluster = "c"\n{nodes}[ipsec]\nmode = "off"\n[redis]\nport = {redis_port}\n'
+            f"[sentinel]\nport = {sentinel_port}\ndown_after = 4\nfailover_timeout = 4\n",
+            "test",
+        )
+        self.root = root
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def endpoint(self, name: str) -> Endpoint:
+        return endpoint_of(self.config, self.config.node(name))
+
+    def redis(self, name: str, primary: str | None = "n1", extra: str = "", appendonly: str = "no") -> None:
+        directory = self._directory(f"redis-{name}")
+        text = REDIS_CONF.format(
+            address=self.config.node(name).address,
+            port=self.config.redis.port,
+            directory=directory,
+            appendonly=appendonly,
+        )
+        if primary not in (None, name):
+            text += f"replicaof {self.endpoint(primary or '').address} {self.config.redis.port}\n"
+        self._start(f"redis-{name}", "redis-server", directory, text + extra)
+
+    def sentinel(self, name: str) -> None:
+        directory = self._directory(f"sentinel-{name}")
+        text = SENTINEL_CONF.format(
+            address=self.config.node(name).address,
+            port=self.config.sentinel.port,
+            directory=directory,
+            primary=self.endpoint("n1").address,
+            redis_port=self.config.redis.port,
+        )
+        self._start(f"sentinel-{name}", "redis-sentinel", directory, text)
+
+    def _directory(self, what: str) -> Path:
+        directory = self.root / what
+        directory.mkdir(exist_ok=True)
+        return directory
+
+    def _start(self, what: str, name: str, directory: Path, text: str) -> None:
+        conf = directory / "it.conf"
+        if name == "redis-server" or not conf.exists():
+            conf.write_text(text)
+        with (directory / "log").open("ab") as log:
+            arguments = [name, str(conf)]
+            self.running[what] = subprocess.Popen(arguments, executable=PROGRAM, stdout=log, stderr=log)
+
+    def send(self, what: str, number: signal.Signals) -> None:
+        self.running[what].send_signal(number)
+
+    def kill(self, what: str) -> None:
+        process = self.running.pop(what)
+        process.kill()
+        process.wait()
+
+    def kill_all(self) -> None:
+        for what in list(self.running):
+            self.kill(what)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    try:
+        yield cluster
+    finally:
+        cluster.kill_all()
+
+
+async def until(question: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
+    """Ask again until the answer is yes; an error is a no. The bound is the test's patience, not a measure."""
+    async for attempt in retrying(RespError, seconds=seconds):
+        with attempt:
+            if not await question():
+                raise RespError("wait for", "the programs", "not yet")
+
+
+@contextlib.asynccontextmanager
+async def redis_client(cluster: Cluster, name: str, secrets: Secrets = SECRETS) -> AsyncIterator[RedisClient]:
+    client = RedisClient(cluster.endpoint(name), secrets)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(client.close)
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def sentinel_client(cluster: Cluster, name: str, secrets: Secrets = SECRETS) -> AsyncIterator[SentinelClient]:
+    client = SentinelClient(cluster.config, cluster.config.node(name), secrets)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(client.close)
+        yield client
+
+
+async def whole(cluster: Cluster) -> None:
+    """Start everything and wait until every sentinel knows the two others and both replicas."""
+    for name in ("n1", "n2", "n3"):
+        cluster.redis(name)
+    for name in ("n2", "n3"):
+        async with redis_client(cluster, name) as client:
+
+            async def linked(client: RedisClient = client) -> bool:
+                return (await client.observe()).link_up
+
+            await until(linked)
+    # Only now: a sentinel reads a primary's replicas when it connects, and then every 10 s (SENTINEL_INFO_PERIOD).
+    for name in ("n1", "n2", "n3"):
+        cluster.sentinel(name)
+    for name in ("n1", "n2", "n3"):
+        async with sentinel_client(cluster, name) as asked:
+
+            async def complete(asked: SentinelClient = asked) -> bool:
+                answer = await asked.ask()
+                met = answer.known_sentinels == answer.known_replicas == 2
+                return met and answer.flags == frozenset({"master"})
+
+            await until(complete)
+
+
+def raw(cluster: Cluster, name: str) -> RawRedis:
+    return RawRedis(host=str(cluster.endpoint(name).address), port=cluster.config.redis.port, password="application")
+
+
+async def test_what_redis_and_sentinel_say_is_observed_as_it_is(cluster: Cluster) -> None:
+    await whole(cluster)
+    async with raw(cluster, "n1") as application:
+        await application.mset({f"k{number}": "v" for number in range(7)})
+        await application.wait(2, 5000)
+    before = boottime()
+    async with redis_client(cluster, "n1") as primary, redis_client(cluster, "n2") as replica:
+        await primary.ping()
+        led, followed = await primary.observe(), await replica.observe()
+    assert before <= led.answered <= followed.answered <= boottime()
+    assert (led.role, led.loading, led.primary, led.dbsize, led.min_replicas_to_write) == (
+        Role.PRIMARY,
+        False,
+        None,
+        7,
+        1,
+    )
+    assert {line.endpoint for line in led.replicas} == {cluster.endpoint("n2"), cluster.endpoint("n3")}
+    assert {line.state for line in led.replicas} == {"online"}
+    assert (followed.role, followed.primary, followed.link_up) == (Role.REPLICA, cluster.endpoint("n1"), True)
+    assert (followed.dbsize, followed.sync_in_progress, followed.replicas) == (7, False, ())
+    assert (followed.replid, led.persistence) == (led.replid, False)
+    assert led.run_id != followed.run_id
+    assert led.offset > 0
+    assert 0 < led.ping_seconds < 5
+    async with sentinel_client(cluster, "n3") as sentinel:
+        await sentinel.known()
+        answer = await sentinel.ask()
+    assert before <= answer.asked <= boottime()
+    assert (answer.node, answer.primary, answer.epoch, answer.tilt) == ("n3", cluster.endpoint("n1"), 0, False)
+    assert (answer.known_sentinels, answer.known_replicas, answer.flags) == (2, 2, frozenset({"master"}))
+
+
+async def test_errors_say_what_is_wrong_and_no_password(cluster: Cluster) -> None:
+    cluster.redis("n1")
+    cluster.sentinel("n1")
+    async with redis_client(cluster, "n1") as right, sentinel_client(cluster, "n1") as asked:
+        await retrying(RespError, seconds=20)(right.ping)
+        await retrying(RespError, seconds=20)(asked.known)
+    async with redis_client(cluster, "n1", WRONG) as client, sentinel_client(cluster, "n1", WRONG) as sentinel:
+        with pytest.raises(RefusedError, match=r"cannot ask redis at 127\.0\.1\.1:") as refused:
+            await client.observe()
+        assert "wrong" not in str(refused.value)
+        with pytest.raises(RefusedError, match=r"cannot ask sentinel at 127\.0\.1\.1:"):
+            await sentinel.ask()
+    async with redis_client(cluster, "n2") as nobody:
+        with pytest.raises(UnreachableError, match="connection refused"):
+            await nobody.ping()
+    other_name = parse_config('cluster="c"\n[[node]]\nname="n1"\naddresses=["10.0.0.1"]\n[sentinel]\nmaster="x"\n', "t")
+    stranger = SentinelClient(cluster.config, cluster.config.node("n1"), SECRETS)
+    stranger._master = other_name.sentinel.master
+    assert (await stranger.ask()).primary is None
+    with pytest.raises(UnexpectedReplyError, match="knows no primary"):
+        await stranger.known()
+    await stranger.close()
+
+
+async def test_silence_ends_in_its_bound_and_the_next_question_is_answered_right(cluster: Cluster) -> None:
+    cluster.redis("n1")
+    async with redis_client(cluster, "n1") as client:
+        await retrying(RespError, seconds=20)(client.ping)
+        cluster.send("redis-n1", signal.SIGSTOP)
+        asked = boottime()
+        with pytest.raises(UnreachableError, match="no answer in time"):
+            await client.observe(0.3)
+        assert 0.3 <= boottime() - asked < 5
+        cluster.send("redis-n1", signal.SIGCONT)
+        assert (await client.observe()).role is Role.PRIMARY
+
+
+async def test_a_kept_connection_outlives_a_restart_of_redis(cluster: Cluster) -> None:
+    cluster.redis("n1")
+    async with redis_client(cluster, "n1") as client, redis_client(cluster, "n1") as other:
+        await retrying(RespError, seconds=20)(client.ping)
+        first = await client.observe()
+        cluster.kill("redis-n1")
+        cluster.redis("n1")
+        await retrying(RespError, seconds=20)(other.ping)
+        second = await client.observe()
+    assert first.run_id != second.run_id
+
+
+async def test_a_redis_that_loads_is_observed_but_not_ready(cluster: Cluster) -> None:
+    cluster.redis("n1")
+    async with redis_client(cluster, "n1") as client:
+        await retrying(RespError, seconds=20)(client.ping)
+        async with raw(cluster, "n1") as application:
+            await application.config_set("min-replicas-to-write", 0)
+            await application.config_set("rdbcompression", "no")
+            await application.mset({f"k{number}": "v" * 1100 for number in range(1000)})
+            await application.save()
+        cluster.kill("redis-n1")
+        slowly = "key-load-delay 5000\nloading-process-events-interval-bytes 1024\n"
+        cluster.redis("n1", extra=slowly)
+
+        async def loads() -> bool:
+            return (await client.observe()).loading
+
+        await until(loads)
+        with pytest.raises(LoadingError):
+            await client.ping(5)
+
+
+async def test_an_answer_that_is_no_redis_is_not_understood(cluster: Cluster) -> None:
+    async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    endpoint = cluster.endpoint("n1")
+    async with (
+        await asyncio.start_server(web, str(endpoint.address), endpoint.port),
+        redis_client(cluster, "n1") as client,
+    ):
+        with pytest.raises(RespError):
+            await client.observe()
+
+
+class Watch:
+    """An observer of one node with its store; notes if its lease is ever doubtful."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.store = Store(boottime())
+        self.woken = 0
+        self.observer = Observer(
+            cluster.config,
+            cluster.config.node(name),
+            SECRETS,
+            self.store,
+            wall_clock=lambda: 1_700_000_000.0,
+            wake=(self._wake,),
+        )
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    def holds(self) -> bool:
+        lease = self.store.view().lease
+        return lease is not None and lease.held and boottime() < lease.expires
+
+    async def until(self, predicate: Callable[[View], bool], seconds: float = 40) -> View:
+        return await self.store.wait_for(predicate, seconds)
+
+
+@contextlib.asynccontextmanager
+async def running(*watches: Watch) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(watch.observer.run()) for watch in watches]
+        yield
+        for task in tasks:
+            task.cancel()
+
+
+def names(primary: Endpoint) -> Callable[[View], bool]:
+    return lambda view: view.lease is not None and view.lease.primary == primary
+
+
+async def test_a_sentinel_that_hangs_delays_nobody(cluster: Cluster) -> None:
+    await whole(cluster)
+    watch = Watch(cluster, "n1")
+    async with running(watch):
+        view = await watch.until(lambda view: len(view.sentinels) == 3 and view.redis is not None)
+        cluster.send("sentinel-n3", signal.SIGSTOP)
+        stopped = boottime()
+        gone = await watch.until(lambda view: "n3" not in view.sentinels)
+        doubts: list[View] = []
+        watch.store.on_change(lambda: None if watch.holds() else doubts.append(watch.store.view()))
+        for _ in range(6):
+            asked = {name: gone.sentinels[name].asked for name in ("n1", "n2")}
+            gone = await watch.until(lambda view, asked=asked: all(view.sentinels[n].asked > asked[n] for n in asked))  # type: ignore[misc]
+            lease = gone.lease
+            assert lease is not None
+            assert (lease.held, lease.agree, lease.reachable) == (True, 2, 2)
+        assert doubts == []
+        assert view.sentinels["n3"].asked <= stopped
+        cluster.send("sentinel-n3", signal.SIGCONT)
+        await watch.until(lambda view: "n3" in view.sentinels)
+
+
+async def test_a_killed_primary_is_replaced_and_everyone_sees_it(cluster: Cluster) -> None:
+    await whole(cluster)
+    old, other = Watch(cluster, "n1"), Watch(cluster, "n2")
+    third = Watch(cluster, "n3")
+    watches = (old, other, third)
+    together: list[str] = []
+
+    def at_most_one() -> None:
+        if sum(watch.holds() for watch in watches) > 1:
+            together.append("two leases at one instant")
+
+    first = cluster.endpoint("n1")
+    async with running(*watches):
+        for watch in watches:
+            await watch.until(names(first))
+            watch.store.on_change(at_most_one)
+        await old.until(lambda view: view.lease is not None and view.lease.held and view.redis is not None)
+        assert old.observer.last_role is Role.PRIMARY
+        woken = old.woken
+        cluster.kill("redis-n1")
+        dead = await old.until(lambda view: view.redis is None)
+        assert dead.lease is not None
+        death = old.observer.death()
+        assert (death.as_role, old.observer.last_role) == (Role.PRIMARY, Role.UNKNOWN)
+
+        changed = await old.until(lambda view: view.lease is not None and view.lease.primary not in (None, first))
+        assert changed.lease is not None
+        winner = changed.lease.primary
+        assert winner in (cluster.endpoint("n2"), cluster.endpoint("n3"))
+        assert not changed.lease.held
+        assert old.woken > woken
+        elected = other if winner == cluster.endpoint("n2") else third
+        led = await elected.until(lambda view: view.lease is not None and view.lease.held and len(view.history) == 2)
+        assert [change.current for change in led.history] == [first, winner]
+        assert (led.history[-1].previous, led.history[-1].epoch) == (first, 1)
+        assert led.history[-1].at_timestamp == 1_700_000_000.0
+        await elected.until(lambda view: view.redis is not None and view.redis.role is Role.PRIMARY)
+        await elected.until(lambda view: view.sentinel_events.get("+switch-master") == 1)
+        assert SUBSCRIBED not in elected.store.view().sentinel_events
+    assert together == []
+
+
+async def test_sentinels_without_any_redis_tell_one_another_who_is_primary(cluster: Cluster) -> None:
+    """What makes rule 1 of srd/ha/restart.py a majority after a power cut of all nodes."""
+    await whole(cluster)
+    cluster.kill("sentinel-n1")
+    cluster.kill("redis-n1")
+    async with sentinel_client(cluster, "n2") as second, sentinel_client(cluster, "n1") as ignorant:
+
+        async def elected() -> bool:
+            answer = await second.ask()
+            return answer.epoch == 1 and answer.primary != cluster.endpoint("n1")
+
+        await until(elected)
+        winner = (await second.ask()).primary
+        cluster.kill_all()
+        cluster.sentinel("n1")
+        cluster.sentinel("n2")
+
+        async def told() -> bool:
+            answer = await ignorant.ask()
+            return (answer.primary, answer.epoch) == (winner, 1)
+
+        await until(told)
+
+
+async def test_events_go_on_after_a_restart_of_the_sentinel(cluster: Cluster) -> None:
+    cluster.redis("n1")
+    cluster.sentinel("n1")
+    async with sentinel_client(cluster, "n1") as client, contextlib.aclosing(client.events()) as events:
+        assert (await anext(events)).name == SUBSCRIBED
+        cluster.kill("sentinel-n1")
+        cluster.sentinel("n1")
+        assert (await anext(events)).name == SUBSCRIBED
+        cluster.kill("redis-n1")
+        seen = [await anext(events)]
+        while seen[-1].name != "+sdown":
+            seen.append(await anext(events))
+        address = cluster.endpoint("n1").address
+        assert seen[-1].payload == f"master master {address} {cluster.config.redis.port}"
+        assert seen[-1].node == "n1"

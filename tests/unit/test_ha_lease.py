@@ -1,0 +1,191 @@
+"""The lease: tables for what counts, properties for what must never be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srd.config import Config, parse_config
+from srd.ha.lease import assess, endpoint_of, fresh
+from srd.model import Endpoint, IpAddress
+from srd.state import SentinelAnswer
+
+CLEAN = frozenset({"master"})
+
+
+def cluster(redis: int = 3, arbiters: int = 0, clients: int = 0, down_after: float = 5.0) -> Config:
+    kinds = ["redis"] * redis + ["sentinel"] * arbiters + ["client"] * clients
+    nodes = "".join(
+        f'[[node]]\nname = "n{number}"\naddresses = ["10.0.0.{number}"]\nkind = "{kind}"\n'
+        for number, kind in enumerate(kinds, 1)
+    )
+    return parse_config(f'cluster = "c"\n{nodes}[sentinel]\ndown_after = {down_after}\n', "test")
+
+
+CONFIG = cluster()
+N1, N2, N3 = (endpoint_of(CONFIG, node) for node in CONFIG.nodes)
+
+
+def answer(node: str, primary: Endpoint | None, asked: float, **more: object) -> SentinelAnswer:
+    base = SentinelAnswer(node, asked, primary, 0, tilt=False, known_sentinels=2, known_replicas=2, flags=CLEAN)
+    return dataclasses.replace(base, **more)  # type: ignore[arg-type]
+
+
+def answers(*given_answers: SentinelAnswer) -> dict[str, SentinelAnswer]:
+    return {item.node: item for item in given_answers}
+
+
+NODE1 = CONFIG.node("n1")
+
+
+def test_three_sentinels_that_agree_give_a_lease_that_ends_with_the_second_latest() -> None:
+    lease = assess(CONFIG, NODE1, answers(answer("n1", N1, 10.0), answer("n2", N1, 9.0), answer("n3", N1, 8.0)), 10.5)
+    assert (lease.held, lease.expires, lease.agree, lease.reachable, lease.primary) == (True, 13.0, 3, 3, N1)
+
+
+def test_a_lease_counts_from_when_it_was_asked_for() -> None:
+    two = answers(answer("n1", N1, 10.0), answer("n2", N1, 9.0))
+    assert assess(CONFIG, NODE1, two, 12.999).held
+    late = assess(CONFIG, NODE1, two, 13.0)
+    assert (late.held, late.expires) == (False, 13.0)
+    assert late.primary is None
+
+
+def test_a_majority_is_of_all_configured_voters_not_of_those_that_answer() -> None:
+    lease = assess(CONFIG, NODE1, answers(answer("n1", N1, 10.0)), 10.1)
+    assert (lease.held, lease.expires, lease.agree, lease.reachable, lease.primary) == (False, 0.0, 1, 1, None)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        answer("n2", N1, 10.0, tilt=True),
+        answer("n2", N1, 10.0, flags=CLEAN | {"s_down"}),
+        answer("n2", N1, 10.0, flags=CLEAN | {"s_down", "o_down"}),
+        answer("n2", N1, 10.0, flags=CLEAN | {"failover_in_progress"}),
+        answer("n2", N2, 10.0),
+        answer("n2", None, 10.0),
+        answer("n2", Endpoint(N1.address, 6380), 10.0),
+        answer("n2", N1, 5.0),
+        answer("n2", N1, 11.0),
+        answer("stranger", N1, 10.0),
+    ],
+    ids=["tilt", "s_down", "o_down", "replacing", "other", "nobody", "other port", "old", "future", "no voter"],
+)
+def test_what_does_not_count_for_the_lease(second: SentinelAnswer) -> None:
+    assert not assess(CONFIG, NODE1, answers(answer("n1", N1, 10.0), second), 10.5).held
+
+
+def test_a_primary_that_is_taken_for_down_is_still_named() -> None:
+    down = CLEAN | {"s_down", "o_down"}
+    lease = assess(CONFIG, NODE1, answers(answer("n1", N1, 10.0, flags=down), answer("n2", N1, 10.0, flags=down)), 10.1)
+    assert (lease.held, lease.primary, lease.agree) == (False, N1, 2)
+
+
+def test_tilt_answers_are_reachable_but_agree_with_nobody() -> None:
+    heard = answers(answer("n1", N1, 10.0, tilt=True), answer("n2", N1, 10.0, tilt=True), answer("n3", N1, 10.0))
+    lease = assess(CONFIG, NODE1, heard, 10.1)
+    assert (lease.reachable, lease.agree, lease.primary) == (3, 1, None)
+
+
+def test_every_node_sees_whom_the_majority_names() -> None:
+    heard = answers(answer("n1", N1, 10.0), answer("n2", N2, 10.0), answer("n3", N2, 10.0))
+    leases = {node.name: assess(CONFIG, node, heard, 10.1) for node in CONFIG.nodes}
+    assert {name: lease.held for name, lease in leases.items()} == {"n1": False, "n2": True, "n3": False}
+    assert {lease.primary for lease in leases.values()} == {N2}
+    assert {lease.agree for lease in leases.values()} == {2}
+
+
+def test_arbiters_vote_and_clients_do_not() -> None:
+    config = cluster(redis=2, arbiters=1, clients=1)
+    node = config.node("n1")
+    with_arbiter = answers(answer("n1", N1, 10.0), answer("n3", N1, 10.0))
+    with_client = answers(answer("n1", N1, 10.0), answer("n4", N1, 10.0))
+    assert assess(config, node, with_arbiter, 10.1).held
+    assert not assess(config, node, with_client, 10.1).held
+    assert set(fresh(config, with_client, 10.1)) == {"n1"}
+
+
+def test_one_node_is_its_own_majority() -> None:
+    config = cluster(redis=1)
+    lease = assess(config, config.node("n1"), answers(answer("n1", N1, 10.0)), 10.1)
+    assert (lease.held, lease.primary) == (True, N1)
+
+
+ENDPOINTS = st.sampled_from([N1, N2, N3, None])
+TIMES = st.floats(min_value=0, max_value=20)
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Config, dict[str, SentinelAnswer]]:
+    config = cluster(redis=draw(st.integers(1, 5)))
+    heard = [
+        answer(node.name, draw(ENDPOINTS), draw(TIMES), tilt=draw(st.booleans()))
+        for node in config.nodes
+        if draw(st.booleans())
+    ]
+    return config, answers(*heard)
+
+
+@given(worlds(), TIMES)
+def test_from_the_same_answers_at_most_one_node_holds_the_lease(
+    world: tuple[Config, dict[str, SentinelAnswer]], now: float
+) -> None:
+    config, heard = world
+    leases = [assess(config, node, heard, now) for node in config.redis_nodes]
+    assert sum(lease.held for lease in leases) <= 1
+    assert len({lease.primary for lease in leases}) == 1
+
+
+@given(worlds(), TIMES, st.data())
+def test_a_lease_ends_by_itself_and_no_older_answer_prolongs_it(
+    world: tuple[Config, dict[str, SentinelAnswer]], now: float, data: st.DataObject
+) -> None:
+    config, heard = world
+    for node in config.redis_nodes:
+        lease = assess(config, node, heard, now)
+        assert lease.held == (now < lease.expires)
+        if lease.held:
+            assert lease.expires <= now + config.primary_lease
+            assert lease.primary == endpoint_of(config, node)
+            later = data.draw(st.floats(min_value=0, max_value=config.primary_lease * 2))
+            then = assess(config, node, heard, now + later)
+            assert then.held == (now + later < lease.expires)
+
+
+@given(
+    down_after=st.floats(min_value=4, max_value=60),
+    voters=st.sampled_from([3, 5]),
+    cut=st.floats(min_value=50, max_value=60),
+    data=st.data(),
+)
+def test_two_sides_of_a_cut_never_hold_the_lease_together(
+    down_after: float, voters: int, cut: float, data: st.DataObject
+) -> None:
+    """The old side asks until the cut; the new side is named after `down_after` of silence, and asks as it likes."""
+    config = cluster(redis=voters, down_after=round(down_after, 3))
+    ping = data.draw(
+        st.floats(min_value=0, max_value=1), label="the last ping with a reply left so long before the cut"
+    )
+    promoted = cut - ping + config.sentinel.down_after
+    old_side = answers(
+        *(answer(n.name, N1, cut - data.draw(st.floats(min_value=0, max_value=5))) for n in config.nodes)
+    )
+    new_side = answers(
+        *(answer(n.name, N2, promoted + data.draw(st.floats(min_value=0, max_value=5))) for n in config.nodes[1:])
+    )
+    moments = [promoted, *(item.asked for item in new_side.values()), promoted + data.draw(st.floats(0, 10))]
+    for now in moments:
+        held = [
+            assess(config, config.node("n1"), old_side, now).held,
+            assess(config, config.node("n2"), new_side, now).held,
+        ]
+        assert not all(held)
+
+
+def test_endpoint_of_a_node_is_its_first_address_and_the_redis_port() -> None:
+    address: IpAddress = CONFIG.node("n2").address
+    assert endpoint_of(CONFIG, CONFIG.node("n2")) == Endpoint(address, CONFIG.redis.port)
