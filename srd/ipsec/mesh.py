@@ -96,7 +96,16 @@ class Mesh:
     Every change of the tables is made under one lock, so that a pass never sees half a generation.
     """
 
-    def __init__(self, *, config: Config, node: Node, socket: xfrm.XfrmSocket, store: Store) -> None:
+    def __init__(
+        self,
+        *,
+        config: Config,
+        node: Node,
+        socket: xfrm.XfrmSocket,
+        store: Store,
+        clock: Callable[[], float] = boottime,
+    ) -> None:
+        self._clock = clock
         self._config = config
         self._node = node
         self._socket = socket
@@ -140,7 +149,7 @@ class Mesh:
     async def retire(self, peer: str) -> None:
         """Both ends send under the new keys: old outbound SAs go now, old inbound ones after the grace."""
         async with self._lock:
-            self._retire_at[peer] = boottime() + GRACE_SECONDS
+            self._retire_at[peer] = self._clock() + GRACE_SECONDS
             await self._reconcile()
 
     async def discard(self, generation: Generation) -> None:
@@ -224,7 +233,7 @@ class Mesh:
 
     async def _retire_sas(self, sas: Iterable[xfrm.SaInfo], pinned: set[int]) -> list[xfrm.SaInfo]:
         """Delete what no policy and no generation needs any more; return the SAs that stay."""
-        now = boottime()
+        now = self._clock()
         kept = []
         for sa in sas:
             if self._needed(sa, pinned, now):

@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
-import functools
-import gc
 import io
 import logging
 import os
 import re
 import socket
 import subprocess
-import sys
-import traceback
-import warnings
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
-from pathlib import Path
 from types import FrameType, TracebackType
 
 import pytest
+from support.namespace import CLONE_NEWNET, CLONE_NEWUSER, in_namespace, unshare
 
 from srd.ipsec import xfrm_abi as abi
 from srd.ipsec import xfrm_netlink
@@ -60,7 +54,6 @@ from srd.ipsec.xfrm import (
 )
 from srd.model import EXIT_NO_PERMISSION, PermissionRefusedError
 
-CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 NOBODY = 65534
 NO_SUCH_AEAD = "rfc4106(none(aes))"
 KEY = bytes(range(1, 37))
@@ -68,72 +61,6 @@ A, B = ip_address("10.0.0.1"), ip_address("10.0.0.2")
 FROM_A = Selector(ip_network("10.0.0.1"), ip_network("10.0.0.2"))
 FROM_B = Selector(ip_network("10.0.0.2"), ip_network("10.0.0.1"))
 PINNED = Policy(FROM_A, Direction.OUT, Action.ALLOW, 1000, 41, (Template(20481, spi=0x1234),))
-Body = Callable[[], Coroutine[object, object, None]]
-
-
-def unshare(flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(flags):
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-
-
-def enter_namespace() -> None:
-    """Leave the machine's network for an empty one; an ordinary user becomes root of a namespace for that."""
-    if os.geteuid() == 0:
-        unshare(CLONE_NEWNET)
-        return
-    uid, gid = os.geteuid(), os.getegid()
-    unshare(CLONE_NEWUSER | CLONE_NEWNET)
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
-    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
-
-
-def run_child(body: Body, report: io.TextIOBase) -> int:
-    """Run the test in the child; what nobody waits for (a socket that was not closed) fails it too."""
-    unraisable: list[str] = []
-    sys.unraisablehook = lambda args: unraisable.append(repr(args.exc_value))
-    warnings.simplefilter("error")
-    try:
-        try:
-            enter_namespace()
-        except OSError as error:
-            report.write(f"needs root or user namespaces: {error}")
-            return 2
-        asyncio.run(body(), debug=True)
-        gc.collect()
-        assert not unraisable, unraisable
-    except BaseException:  # noqa: BLE001 - handed to the parent
-        report.write(traceback.format_exc())
-        return 1
-    return 0
-
-
-def in_namespace(body: Body) -> Callable[[], None]:
-    """Make a test of a coroutine function, run in a forked child with a network of its own."""
-
-    @functools.wraps(body)
-    def test() -> None:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                with os.fdopen(writer, "w") as report:
-                    status = run_child(body, report)
-            finally:
-                os._exit(status)
-        os.close(writer)
-        with os.fdopen(reader) as report:
-            text = report.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if status == 2:
-            pytest.skip(text)
-        if status:
-            pytest.fail(text or f"the child ended with {status}", pytrace=False)
-
-    return test
 
 
 def ip(*words: str, stdin: str | None = None) -> str:

@@ -1,0 +1,83 @@
+"""Runs a test in a network namespace of its own, in a forked child; as root, or as a user by a user namespace."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import gc
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import pytest
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+Body = Callable[[], Coroutine[object, object, None]]
+
+
+def unshare(flags: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(flags):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def enter_namespace() -> None:
+    """Leave the machine's network for an empty one; an ordinary user becomes root of a namespace for that."""
+    if os.geteuid() == 0:
+        unshare(CLONE_NEWNET)
+        return
+    uid, gid = os.geteuid(), os.getegid()
+    unshare(CLONE_NEWUSER | CLONE_NEWNET)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+
+
+def run_child(body: Body, report: io.TextIOBase) -> int:
+    """Run the test in the child; what nobody waits for (a socket that was not closed) fails it too."""
+    unraisable: list[str] = []
+    sys.unraisablehook = lambda args: unraisable.append(repr(args.exc_value))
+    warnings.simplefilter("error")
+    try:
+        try:
+            enter_namespace()
+        except OSError as error:
+            report.write(f"needs root, or user namespaces: {error}")
+            return 1
+        asyncio.run(body(), debug=True)
+        gc.collect()
+        assert not unraisable, unraisable
+    except BaseException:  # noqa: BLE001 - handed to the parent
+        report.write(traceback.format_exc())
+        return 1
+    return 0
+
+
+def in_namespace(body: Body) -> Callable[[], None]:
+    """Make a test of a coroutine function, run in a forked child with a network of its own."""
+
+    @functools.wraps(body)
+    def test() -> None:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with os.fdopen(writer, "w") as report:
+                    status = run_child(body, report)
+            finally:
+                os._exit(status)
+        os.close(writer)
+        with os.fdopen(reader) as report:
+            text = report.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            pytest.fail(text or f"the child ended with {status}", pytrace=False)
+
+    return test

@@ -1,0 +1,275 @@
+"""The mesh against a table of the kernel's rules: whatever happens in whatever order, no plaintext between peers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
+
+import pytest
+from support.kernel import FakeKernel, Fate, Packet
+
+from srd.config import Config, parse_config
+from srd.ipsec.mesh import GRACE_SECONDS, Generation, KeyedLeg, Mesh
+from srd.ipsec.policies import KEYING_MARK, owns_index
+from srd.ipsec.xfrm import Action, Aead, Direction, Policy, Sa, Selector
+from srd.model import Suite
+from srd.state import Store
+
+TEXT = """
+cluster = "orders"
+[[node]]
+name = "redis-1"
+addresses = ["192.0.2.1", "2001:db8::1"]
+[[node]]
+name = "redis-2"
+addresses = ["192.0.2.2", "2001:db8::2"]
+[[node]]
+name = "redis-3"
+addresses = ["192.0.2.3", "2001:db8::3"]
+"""
+CONFIG = parse_config(TEXT, "cluster.toml")
+PEERS = ("redis-2", "redis-3")
+TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
+OUTSIDER = ip_address("192.0.2.99")
+STRANGER = Policy(
+    Selector(ip_network("198.51.100.1"), ip_network("198.51.100.2")), Direction.OUT, Action.BLOCK, 10, index=9
+)
+STRANGERS_SA = Sa(
+    source=ip_address("198.51.100.1"),
+    destination=ip_address("198.51.100.2"),
+    spi=0x4242,
+    reqid=1,
+    aead=Aead(Suite.AES_256_GCM, bytes(36)),
+    direction=Direction.OUT,
+    selector=STRANGER.selector,
+)
+
+
+def protected_packets(config: Config) -> Iterator[Packet]:
+    """Yield packets with peers that must never pass in plaintext, each way."""
+    ports = (6379, 26379, 8080, 50000)
+    me = config.node("redis-1")
+    for peer in config.peers_of("redis-1"):
+        for mine, theirs in zip(me.addresses, peer.addresses, strict=True):
+            for port in ports:
+                # From an ephemeral port, and from those that exemptions name.
+                for other in (40000, 22, 849, 840):
+                    if (port, other) == (50000, 22) or (port in (8080, 50000) and other == 22):
+                        continue  # ssh itself, which ipsec.bypass names
+                    yield Packet(Direction.OUT, mine, theirs, TCP, other, port)
+                    yield Packet(Direction.OUT, mine, theirs, TCP, port, other)
+                    yield Packet(Direction.IN, theirs, mine, TCP, other, port)
+                    yield Packet(Direction.IN, theirs, mine, TCP, port, other)
+            yield Packet(Direction.OUT, mine, theirs, UDP, 53, 53)
+            yield Packet(Direction.OUT, mine, theirs, ICMP if mine.version == 4 else ICMPV6, 128, 0)
+            # The keying channel's ports, but not srd's own socket.
+            yield Packet(Direction.OUT, mine, theirs, TCP, 840, 849)
+
+
+def exempt_packets(config: Config) -> Iterator[Packet]:
+    me = config.node("redis-1")
+    for peer in config.peers_of("redis-1"):
+        for mine, theirs in zip(me.addresses, peer.addresses, strict=True):
+            yield Packet(Direction.OUT, mine, theirs, TCP, 847, 849, mark=KEYING_MARK)
+            yield Packet(Direction.OUT, mine, theirs, TCP, 849, 840, mark=KEYING_MARK)
+            yield Packet(Direction.IN, theirs, mine, TCP, 843, 849)
+            yield Packet(Direction.OUT, mine, theirs, TCP, 40000, 22)
+            yield Packet(Direction.IN, theirs, mine, TCP, 22, 40000)
+            if mine.version == 6:
+                for kind in (135, 136):
+                    yield Packet(Direction.OUT, mine, theirs, ICMPV6, kind, 0)
+                    yield Packet(Direction.IN, theirs, mine, ICMPV6, kind, 0)
+
+
+PROTECTED = tuple(protected_packets(CONFIG))
+EXEMPT = tuple(exempt_packets(CONFIG))
+# After each single change a few of them are tried, after each step all.
+SAMPLE = PROTECTED[::13]
+
+
+def generation(rng: random.Random, peer: str, number: int) -> Generation:
+    me, other = CONFIG.node("redis-1"), CONFIG.node(peer)
+    legs = tuple(
+        KeyedLeg(mine, theirs, rng.randrange(0x1000, 2**32), rng.randrange(0x1000, 2**32), bytes(36), bytes(36))
+        for mine, theirs in zip(me.addresses, other.addresses, strict=True)
+    )
+    return Generation(peer, number, Suite.AES_256_GCM, "for the test", legs)
+
+
+class World:
+    """A kernel that is watched at every change, and the mesh of redis-1 on it."""
+
+    def __init__(self) -> None:
+        self.kernel = FakeKernel(self.look)
+        self.closed = False  # whether every policy has been there, and nobody else has taken one away since
+        self.leaks: list[Packet] = []
+        self.now = 1000.0
+        self.start()
+
+    def start(self) -> None:
+        self.store = Store(0.0)
+        self.mesh = Mesh(
+            config=CONFIG,
+            node=CONFIG.node("redis-1"),
+            socket=self.kernel,
+            store=self.store,
+            clock=lambda: self.now,
+        )
+
+    def look(self) -> None:
+        if self.closed:
+            self.leaks += self.leaking(SAMPLE)
+
+    def leaking(self, packets: tuple[Packet, ...]) -> list[Packet]:
+        return [packet for packet in packets if self.kernel.fate(packet) is Fate.PLAINTEXT]
+
+    async def settle(self) -> None:
+        await self.mesh.reconcile()
+        self.closed = True
+        self.leaks += self.leaking(PROTECTED)
+        before = list(self.kernel.changes)
+        await self.mesh.reconcile()
+        assert self.kernel.changes == before, "a second pass changed something"
+
+    async def key(self, made: Generation) -> None:
+        await self.mesh.install_inbound(made)
+        await self.mesh.install_outbound(made)
+        await self.mesh.pin(made)
+        await self.mesh.retire(made.peer)
+
+    async def key_all(self) -> None:
+        rng = random.Random(0)
+        for peer in PEERS:
+            await self.key(generation(rng, peer, 1))
+
+    def fates(self) -> set[Fate]:
+        return {self.kernel.fate(packet) for packet in PROTECTED if packet.direction is Direction.OUT}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def test_without_keys_everything_is_dropped_and_the_exemptions_pass(world: World) -> None:
+    await world.settle()
+    assert {world.kernel.fate(packet) for packet in PROTECTED} == {Fate.DROPPED}
+    assert {world.kernel.fate(packet) for packet in EXEMPT} == {Fate.PLAINTEXT}
+
+
+async def test_with_keys_everything_leaves_in_esp(world: World) -> None:
+    await world.settle()
+    await world.key_all()
+    assert world.fates() == {Fate.ESP}
+    assert all(link.protected for link in world.store.view().links.values())
+
+
+async def test_at_no_moment_of_the_first_pass_is_an_exemption_there_before_what_it_is_exempt_from(world: World) -> None:
+    await world.settle()
+    installed = [change for change in world.kernel.changes if change.startswith("add policy")]
+    blocks = [number for number, change in enumerate(installed) if "0.0.0.0/0" in change or "::/0" in change]
+    assert blocks == list(range(len(blocks)))
+
+
+async def test_an_outsider_reaches_neither_redis_nor_sentinel(world: World) -> None:
+    await world.settle()
+    me = ip_address("192.0.2.1")
+    for port in (6379, 26379):
+        for source_port in (40000, 22, 849, 840):
+            assert world.kernel.fate(Packet(Direction.IN, OUTSIDER, me, TCP, source_port, port)) is Fate.DROPPED
+            assert world.kernel.fate(Packet(Direction.OUT, me, OUTSIDER, TCP, port, source_port)) is Fate.DROPPED
+    assert world.kernel.fate(Packet(Direction.IN, OUTSIDER, me, TCP, 40000, 6380)) is Fate.PLAINTEXT
+    assert world.kernel.fate(Packet(Direction.IN, me, me, TCP, 40000, 6379)) is Fate.PLAINTEXT
+
+
+async def test_a_restarted_mesh_goes_on_under_the_keys_that_are_in_use(world: World) -> None:
+    await world.settle()
+    await world.key_all()
+    before = list(world.kernel.changes)
+    world.start()
+    await world.settle()
+    assert world.kernel.changes == before
+    assert world.fates() == {Fate.ESP}
+    assert all(link.protected for link in world.store.view().links.values())
+
+
+async def test_old_keys_go_only_after_both_ends_have_switched(world: World) -> None:
+    await world.settle()
+    rng = random.Random(3)
+    first, second = generation(rng, "redis-2", 1), generation(rng, "redis-2", 2)
+    await world.key(first)
+    world.now += 60
+    await world.settle()
+    await world.mesh.install_inbound(second)
+    await world.mesh.install_outbound(second)
+    await world.mesh.pin(second)
+    await world.settle()
+    assert {sa.spi for sa in await world.kernel.sas()} == first.spis | second.spis
+    await world.mesh.retire("redis-2")
+    inbound = {leg.spi_in for leg in first.legs}
+    assert {sa.spi for sa in await world.kernel.sas()} == inbound | second.spis
+    world.now += GRACE_SECONDS + 1
+    await world.settle()
+    assert {sa.spi for sa in await world.kernel.sas()} == second.spis
+
+
+async def test_a_generation_that_is_given_up_leaves_nothing(world: World) -> None:
+    await world.settle()
+    made = generation(random.Random(4), "redis-2", 1)
+    await world.mesh.install_inbound(made)
+    await world.mesh.discard(made)
+    assert await world.kernel.sas() == []
+
+
+async def test_what_is_not_srds_is_never_touched(world: World) -> None:
+    await world.kernel.add_policy(STRANGER)
+    await world.kernel.add_sa(STRANGERS_SA)
+    await world.settle()
+    await world.key(generation(random.Random(5), "redis-2", 1))
+    others = [info.policy for info in await world.kernel.policies() if not owns_index(info.policy.index)]
+    assert others == [STRANGER]
+    assert STRANGERS_SA.spi in {sa.spi for sa in await world.kernel.sas()}
+
+
+async def test_a_foreign_policy_that_comes_first_is_named_and_left(world: World) -> None:
+    open_door = Policy(Selector(ip_network("0.0.0.0/0"), ip_network("0.0.0.0/0")), Direction.OUT, Action.ALLOW, 1)
+    await world.kernel.add_policy(open_door)
+    await world.mesh.reconcile()
+    kernel = world.store.view().kernel
+    assert kernel is not None
+    assert not kernel.policies_installed
+    assert "0.0.0.0/0 -> 0.0.0.0/0" in kernel.foreign_overrides[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_random_walk_never_lets_plaintext_out(seed: int) -> None:
+    asyncio.run(walk(random.Random(seed)))
+
+
+async def walk(rng: random.Random, steps: int = 30) -> None:
+    """Key, half-key, restart, lose SAs and policies to somebody else, in any order."""
+    world = World()
+    await world.settle()
+    for number in range(1, steps + 1):
+        made = generation(rng, rng.choice(PEERS), number)
+        step = rng.choice(["key", "key", "half", "give up", "restart", "flush SAs", "flush policies"])
+        if step == "key":
+            await world.key(made)
+        elif step == "half":
+            await world.mesh.install_inbound(made)
+            await world.mesh.install_outbound(made)
+        elif step == "give up":
+            await world.mesh.install_inbound(made)
+            await world.mesh.discard(made)
+        elif step == "restart":
+            world.start()
+        elif step == "flush SAs":
+            world.kernel.flush_sas()
+        else:
+            world.closed = False
+            world.kernel.flush_policies()
+        await world.settle()
+        assert not world.leaks, (step, world.leaks[0])
+        assert all(world.kernel.fate(packet) is Fate.PLAINTEXT for packet in EXEMPT)
