@@ -1,0 +1,119 @@
+"""The UNIX socket by which the command line talks to the daemon. Only its owner, root, may connect."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from srd.control import documents
+from srd.model import PermissionRefusedError, SrdError
+from srd.state import Situation
+
+SOCKET_MODE: Final = 0o600
+
+_STOP_SECONDS: Final = 2.0
+_OPERATION: Final = "open the control socket"
+
+_PATHS: Final[Mapping[str, Callable[[Situation, str], documents.Document]]] = {
+    "/v1/status": documents.status,
+    "/v1/list": documents.members,
+    "/v1/links": documents.links,
+    "/v1/children": documents.children,
+    "/v1/events": documents.events,
+}
+
+
+class ControlServer:
+    """Answers from `situation` at `path`, which no other live daemon may hold."""
+
+    def __init__(self, path: Path, situation: Callable[[], Situation], *, version: str) -> None:
+        self._path = path
+        self._situation = situation
+        self._version = version
+        self._server: web.Server | None = None
+        self._listener: asyncio.Server | None = None
+        self._inode: int | None = None
+
+    async def start(self) -> None:
+        """Listen; the socket that a dead daemon left is replaced, that of a live one is refused."""
+        listener = _bind(self._path)
+        self._inode = self._path.stat().st_ino
+        self._server = web.Server(self._handle, access_log=None)
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_unix_server(self._server, sock=listener)
+
+    async def stop(self) -> None:
+        """Stop listening and remove the socket, unless it is another daemon's by now."""
+        if self._listener is None or self._server is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
+        self._listener.close()
+        self._server.pre_shutdown()
+        await self._server.shutdown(_STOP_SECONDS)
+        await self._listener.wait_closed()
+        self._listener = self._server = None
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        make = _PATHS.get(request.rel_url.path)
+        if make is None:
+            return _answer(404, {"error": "not_found", "paths": sorted(_PATHS)})
+        if request.method != "GET":
+            return _answer(405, {"error": "method_not_allowed"})
+        return _answer(200, make(self._situation(), self._version))
+
+
+def _answer(status: int, document: documents.Document) -> web.Response:
+    body = json.dumps({"schema": documents.SCHEMA} | document).encode() + b"\n"
+    return web.Response(status=status, body=body, content_type="application/json", headers={"Server": "srd"})
+
+
+def _bind(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _make_way(path)
+        # unix(7): the file gets the socket's own mode, so it is never open to others, not even for an instant.
+        os.fchmod(listener.fileno(), SOCKET_MODE)
+        listener.bind(str(path))
+        listener.listen()
+        listener.setblocking(False)
+    except PermissionError as error:
+        listener.close()
+        raise PermissionRefusedError(_OPERATION, str(path), "permission denied", "run srd as root") from error
+    except OSError as error:
+        listener.close()
+        raise SrdError(_OPERATION, str(path), (error.strerror or str(error)).lower()) from error
+    except SrdError:
+        listener.close()
+        raise
+    return listener
+
+
+def _make_way(path: Path) -> None:
+    """Remove the socket of a dead daemon; what is not a socket, or is answered, stays."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise SrdError(_OPERATION, str(path), "it is there and is not a socket", "remove it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except TimeoutError:
+            pass  # its backlog is full: somebody holds it
+    raise SrdError(_OPERATION, str(path), "another srd answers there", "one daemon per node; stop that one first")

@@ -1,0 +1,180 @@
+"""The HTTP server on :8080: health for balancers, state for people, metrics for Prometheus. It changes nothing.
+
+Every answer is made from one snapshot, without I/O, so nothing that is stuck can delay it. The sockets are bound before
+any child is started and answer 503 `starting` until there is something better to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address
+from typing import Any, Final
+
+from aiohttp import web
+
+from srd.model import Endpoint, IpAddress, SrdError
+from srd.reconcile import Loop
+from srd.state import Situation
+from srd.web import documents, health
+from srd.web.guard import Gate, GuardedConnection, GuardedServer, Timeouts
+from srd.web.health import Verdict
+from srd.web.metrics import CONTENT_TYPE, HttpCounts, Metrics
+
+BACKLOG: Final = 256
+METHODS: Final = ("GET", "HEAD", "OPTIONS")
+# Loops resync every 30 s at most, and a pass is bounded: one that is silent this long is stuck.
+LIVENESS_SECONDS: Final = 60.0
+
+_LOCALHOST: Final = IPv4Address("127.0.0.1")
+_JSON: Final = "application/json"
+_HEADERS: Final = {"Server": "srd", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+_STOP_SECONDS: Final = 2.0
+
+
+def _no_loops() -> tuple[Loop, ...]:
+    return ()
+
+
+class WebServer:
+    """Listens on every address of the node, and on 127.0.0.1 unless `listen_localhost` is off.
+
+    `situation` and `loops` are asked at each request and must return at once.
+    """
+
+    def __init__(
+        self,
+        situation: Callable[[], Situation],
+        *,
+        version: str,
+        loops: Callable[[], tuple[Loop, ...]] = _no_loops,
+        timeouts: Timeouts | None = None,
+        liveness_seconds: float = LIVENESS_SECONDS,
+    ) -> None:
+        self._situation = situation
+        self._version = version
+        self._loops = loops
+        self._timeouts = timeouts or Timeouts()
+        self._liveness_seconds = liveness_seconds
+        self._gate = Gate(lambda: situation().config.http)
+        self._requests: Counter[tuple[str, int]] = Counter()
+        self._metrics = Metrics(situation, self._http_counts, loops, version)
+        self._server: GuardedServer | None = None
+        self._listeners: list[asyncio.Server] = []
+        self._paths: Mapping[str, Callable[[Situation], tuple[int, str, bytes]]] = {
+            "/liveness": self._liveness,
+            "/srd": lambda s: _document(health.OK, documents.node_document(s, version)),
+            "/cluster": lambda s: _document(health.OK, documents.cluster_document(s)),
+            "/history": lambda s: _document(health.OK, documents.history_document(s)),
+            "/metrics": lambda _: (health.OK, CONTENT_TYPE, self._metrics.render()),
+        }
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Where this server listens, by its configuration."""
+        s = self._situation()
+        addresses: list[IpAddress] = [*s.node.addresses]
+        localhost = Endpoint(_LOCALHOST, s.config.http.port)
+        found = [Endpoint(address, s.config.http.port) for address in addresses]
+        if s.config.listen_localhost and localhost not in found:
+            found.append(localhost)
+        return tuple(found)
+
+    async def start(self) -> None:
+        """Bind every socket, then serve; `SrdError` names the address that cannot be bound, and none is left bound."""
+        self._server = GuardedServer(self._handle, self._gate, self._timeouts)
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as bound:
+            sockets = [bound.enter_context(_listening_socket(endpoint)) for endpoint in self.endpoints]
+            self._listeners = [
+                await loop.create_server(self._server, sock=listener, backlog=BACKLOG) for listener in sockets
+            ]
+            bound.pop_all()
+
+    async def stop(self) -> None:
+        """Stop listening, let the answers under way end, and close every connection."""
+        for listener in self._listeners:
+            listener.close()
+        if self._server is not None:
+            await self._server.shutdown(_STOP_SECONDS)
+        for listener in self._listeners:
+            await listener.wait_closed()
+        self._listeners.clear()
+
+    def _http_counts(self) -> HttpCounts:
+        return HttpCounts(
+            requests=dict(self._requests), connections=self._gate.connections, refused=dict(self._gate.refused)
+        )
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if isinstance(request.protocol, GuardedConnection):
+            request.protocol.request_read()
+        started = time.monotonic()
+        path = request.rel_url.path
+        status, content_type, body = self._answer(request, path)
+        known = path if status not in (web.HTTPNotFound.status_code, web.HTTPMethodNotAllowed.status_code) else "other"
+        self._requests[known, status] += 1
+        headers = _HEADERS if request.method in ("GET", "HEAD") else _HEADERS | {"Allow": ", ".join(METHODS)}
+        response = web.Response(
+            status=status,
+            body=body if request.method != "OPTIONS" else b"",
+            content_type=None,
+            headers=headers | {"Content-Type": content_type},
+        )
+        self._metrics.observe_request(known, time.monotonic() - started)
+        return response
+
+    def _answer(self, request: web.BaseRequest, path: str) -> tuple[int, str, bytes]:
+        if request.method not in METHODS:
+            return _document(
+                web.HTTPMethodNotAllowed.status_code,
+                {"error_code": "method_not_allowed", "description": "this server changes nothing"},
+            )
+        situation = self._situation()
+        if path in health.CHECK_PATHS:
+            return self._check(health.judge(path, request.rel_url.query, situation), situation)
+        if path in self._paths:
+            return self._paths[path](situation)
+        return _document(
+            web.HTTPNotFound.status_code,
+            {
+                "error_code": "not_found",
+                "description": "no such path",
+                "paths": sorted([*health.CHECK_PATHS, *self._paths]),
+            },
+        )
+
+    def _check(self, verdict: Verdict, situation: Situation) -> tuple[int, str, bytes]:
+        return _document(verdict.status, documents.check_document(verdict, situation, self._version))
+
+    def _liveness(self, situation: Situation) -> tuple[int, str, bytes]:
+        return self._check(health.alive(self._loops(), situation.now, self._liveness_seconds), situation)
+
+
+def _document(status: int, document: Any) -> tuple[int, str, bytes]:
+    return status, _JSON, json.dumps(document).encode() + b"\n"
+
+
+def _listening_socket(endpoint: Endpoint) -> socket.socket:
+    version = endpoint.address.version
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET  # noqa: PLR2004 - IP version
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.setblocking(False)
+        listener.bind((str(endpoint.address), endpoint.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise SrdError(
+            "listen for HTTP on", str(endpoint), reason, "http.port and the node's addresses say where"
+        ) from error
+    return listener
