@@ -1,4 +1,4 @@
-# Everything below works from a fresh checkout on Debian 12; `make help` lists the targets.
+# Everything here works from a fresh checkout on Debian 12; `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -8,17 +8,44 @@ BIN := $(VENV)/bin
 
 .PHONY: help
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+.PHONY: packages
+packages:  ## install the Debian packages that are needed (as root)
+	@tests/packages
+
+$(VENV)/.installed: requirements-dev.txt pyproject.toml | packages
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
-	touch $@
+	@touch $@
+
+.PHONY: venv
+venv: packages $(VENV)/.installed  ## make the Python environment .venv
+
+.PHONY: demo
+demo: venv  ## show what srd does, on a kernel of its own; ONCE=1 ends it with the verdict
+	@LAB_PROGRESS=1 LAB_HTTP=1 LAB_ONCE=$(ONCE) tests/lab/boot tests/lab/demo
+
+.PHONY: lab
+lab: venv  ## a cluster in the lab: SCRIPT=path runs it inside, without it a shell; NODES=3
+	@tests/lab/boot $(SCRIPT)
 
 .PHONY: lint
-lint: $(VENV)/.installed  ## ruff, mypy --strict, import-linter
+lint: venv  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+.PHONY: test
+test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab
+	$(BIN)/pytest
+	tests/lab/boot tests/lab/suite
+
+.PHONY: requirements
+requirements:  ## pin the dependencies again (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		pyproject.toml -o requirements.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--extra dev -c requirements.txt pyproject.toml -o requirements-dev.txt

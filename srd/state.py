@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from srd.config import Config, Node
+from srd.config import MIN_REPLICAS_MAX_LAG, Config, Node
 from srd.model import Endpoint, IpAddress, IpsecMode, NodeKind, Role, Service, Suite
 
 
@@ -267,6 +267,8 @@ class Code(enum.StrEnum):
     CHILD_DOWN = "child_down"
     CHILD_WAITING = "child_waiting"
     NO_MAJORITY = "no_majority"
+    NO_SUCCESSOR = "no_successor"
+    WRITES_REFUSED = "writes_refused"
     REPLICA_LINK_DOWN = "replica_link_down"
     CERTIFICATE_EXPIRING = "certificate_expiring"
 
@@ -362,14 +364,30 @@ def _cluster_conditions(s: Situation) -> list[Condition]:
         reachable = lease.reachable if lease is not None else 0
         text = f"{reachable} of {len(s.config.voters)} sentinels answer; {s.config.majority} are a majority"
         found.append(Condition(Code.NO_MAJORITY, Severity.WARNING, s.config.sentinel.master, text))
-    redis = s.view.redis
-    if redis is not None and redis.role is Role.REPLICA and not redis.link_up:
-        text = f"no link to the primary {redis.primary}" if redis.primary else "it follows nobody"
-        found.append(Condition(Code.REPLICA_LINK_DOWN, Severity.WARNING, s.node.name, text))
+    elif len(s.config.redis_nodes) > 1:
+        informed = sum(1 for answer in s.view.sentinels.values() if answer.known_replicas)
+        if informed < s.config.majority:
+            text = f"{informed} of {len(s.config.voters)} sentinels know of a replica: nobody could take over now"
+            found.append(Condition(Code.NO_SUCCESSOR, Severity.WARNING, s.config.sentinel.master, text))
+    found += _replication_conditions(s)
     for name, not_after in s.view.certificates.items():
         left = not_after - s.wall_clock
         if left < CERTIFICATE_WARNING_SECONDS:
             severity = Severity.CRITICAL if left <= 0 else Severity.WARNING
             text = f"{max(left, 0) / 86400:.0f} days left" if left > 0 else "it has expired"
             found.append(Condition(Code.CERTIFICATE_EXPIRING, severity, name, text))
+    return found
+
+
+def _replication_conditions(s: Situation) -> list[Condition]:
+    found = []
+    redis = s.view.redis
+    if redis is not None and redis.role is Role.PRIMARY:
+        good = sum(1 for r in redis.replicas if r.state == "online" and r.lag_seconds <= MIN_REPLICAS_MAX_LAG)
+        if good < redis.min_replicas_to_write:
+            text = f"it takes no writes: {good} replicas keep up, and it demands {redis.min_replicas_to_write}"
+            found.append(Condition(Code.WRITES_REFUSED, Severity.CRITICAL, s.node.name, text))
+    if redis is not None and redis.role is Role.REPLICA and not redis.link_up:
+        text = f"no link to the primary {redis.primary}" if redis.primary else "it follows nobody"
+        found.append(Condition(Code.REPLICA_LINK_DOWN, Severity.WARNING, s.node.name, text))
     return found

@@ -1,4 +1,4 @@
-"""Watches redis and the sentinels and writes down what they say. Changes nothing in them.
+"""Watches redis and the sentinels and writes down what they say. Changes nothing but the pace of its own sentinel.
 
 Every one of them is asked by a loop of its own, so that one that does not answer delays no other, and every answer is
 published at once. A sentinel's last answer stays until it is too old to count. Events of the sentinels only wake the
@@ -148,6 +148,8 @@ class Observer:
     async def _ask(self, client: SentinelClient) -> None:
         self._answers[client.node] = await client.ask(self._question_seconds)
         self._publish()
+        if client.node == self._node.name:
+            await client.keep_pace(self._question_seconds)
 
     def _publish(self) -> None:
         """Write what follows from the answers. Without a pause in between, so every snapshot is of one mind."""

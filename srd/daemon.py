@@ -1,0 +1,258 @@
+"""The composition root: builds every part, hands each what it needs of the others, starts and stops them in order.
+
+Start: everything is checked before anything is changed; then policies, HTTP (503 `starting`), keys, and the services
+in the order of desired.py. Stop (SIGTERM, SIGINT): stunnel, sentinel, redis, each with its grace; SAs and
+policies stay. When srd dies without a stop all of it stays: the next srd adopts the children and reads the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from srd.control.server import ControlServer
+from srd.desired import Start
+from srd.ha import restart
+from srd.ha.observe import Observer
+from srd.ipsec import xfrm
+from srd.ipsec.exchange import Installer
+from srd.ipsec.keying import Keying, Report
+from srd.ipsec.mesh import Mesh, Unprotected, watch
+from srd.ipsec.policies import KEYING_MARK
+from srd.model import IpsecMode, Paths, Role, Service
+from srd.preflight import Cleared, clear
+from srd.reconcile import Loop, boottime, until_first
+from srd.state import Child, Severity, Situation, Store, conditions
+from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
+from srd.supervise.probe import probe_tls
+from srd.supervise.programs import listen_endpoints
+from srd.supervise.services import Services
+from srd.systemd import Notifier
+from srd.trust.authority import identify
+from srd.web.app import WebServer
+
+log = structlog.get_logger(__name__)
+
+VERSION: Final = version("srd")
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+# A pass over the kernel's tables that finds nothing to do costs two dumps; events wake it in between.
+MESH_RESYNC_SECONDS: Final = 2.0
+SERVICES_RESYNC_SECONDS: Final = 0.5
+# A start of all three children, on a machine where each takes seconds.
+PASS_SECONDS: Final = 60.0
+STATUS_SECONDS: Final = 2.0
+
+
+async def run(paths: Paths) -> None:
+    """Run a node until SIGTERM or SIGINT; `SrdError` when it may not start."""
+    notifier = Notifier.from_environment()
+    notifier.send("STATUS=checking the configuration, the kernel and the programs")
+    cleared = await clear(paths)
+    for directory in (paths.state_dir, paths.run_dir, paths.log_dir):
+        await asyncio.to_thread(make_own_directory, directory, TRAVERSABLE_DIRECTORY)
+    await Daemon(cleared, paths, notifier).run()
+
+
+class Daemon:
+    """One node's parts and the wires between them."""
+
+    def __init__(self, cleared: Cleared, paths: Paths, notifier: Notifier) -> None:
+        bundle = cleared.bundle
+        self._cleared = cleared
+        self._config, self._node = bundle.config, bundle.node
+        self._paths = paths
+        self._notifier = notifier
+        self._stop = asyncio.Event()
+        self._death: restart.Death | None = None
+        self._redis_exits = 0
+        self._store = Store(boottime())
+        self._store.writer("certificates")(bundle.not_after)
+        self._observer = Observer(self._config, self._node, bundle.secrets, self._store, wake=(self._wake_services,))
+        self._services = Services(
+            config=self._config,
+            node=self._node,
+            paths=paths,
+            secrets=bundle.secrets,
+            store=self._store,
+            start=self._start_of_redis,
+            probes=self._probes(),
+            situation=self.situation,
+            joined=lambda: restart.has_joined(self._node, self._store.view()),
+            wake=self._wake_services,
+        )
+        self._services_loop = Loop(
+            "services", self._services.reconcile, resync=SERVICES_RESYNC_SECONDS, timeout=PASS_SECONDS
+        )
+        self._mesh_loop: Loop | None = None
+        self._store.on_change(self._note_death)
+
+    def situation(self) -> Situation:
+        """Return the one snapshot that every judgement and every answer is made from."""
+        return Situation(self._config, self._node, self._store.view(), boottime(), time.time())
+
+    async def run(self) -> None:
+        """Bring the node up and keep it true until a signal; then stop its services and return."""
+        async with contextlib.AsyncExitStack() as stack:
+            bodies: list[Callable[[], Coroutine[Any, Any, None]]] = []
+            installer: Installer = Unprotected()
+            if self._config.ipsec.mode is IpsecMode.ESP:
+                kernel = await stack.enter_async_context(xfrm.XfrmSocket())
+                installer = mesh = Mesh(config=self._config, node=self._node, socket=kernel, store=self._store)
+                # Every policy stands before this node speaks to a peer or answers one for the first time.
+                await mesh.reconcile()
+                self._mesh_loop = Loop("mesh", mesh.reconcile, resync=MESH_RESYNC_SECONDS, timeout=PASS_SECONDS)
+                bodies += [self._mesh_loop.run, partial(watch, kernel, xfrm.XfrmEvents(), self._mesh_loop.wake)]
+            web = WebServer(self.situation, version=VERSION, loops=self._loops)
+            await web.start()
+            stack.push_async_callback(web.stop)
+            control = ControlServer(self._paths.control_socket, self.situation, version=VERSION)
+            await control.start()
+            stack.push_async_callback(control.stop)
+            stack.callback(self._services.release)
+            keying = self._keying(installer)
+            listeners = keying.listen()
+            stack.callback(_close, listeners)
+            bodies += [
+                partial(keying.run, listeners),
+                self._observer.run,
+                self._services.run,
+                self._services_loop.run,
+                self._tell_the_manager,
+                self._until_stopped,
+            ]
+            with self._signals():
+                await until_first(*bodies)
+
+    def _keying(self, installer: Installer) -> Keying:
+        return Keying(
+            config=self._config,
+            node=self._node,
+            credentials=self._cleared.bundle.credentials,
+            identify=identify,
+            boot_id=BOOT_ID.read_text(encoding="ascii").strip(),
+            grades=self._cleared.grades,
+            installer=installer,
+            store=self._store,
+            report=self._report,
+            protected=self._protected,
+            mark=KEYING_MARK if self._config.ipsec.mode is IpsecMode.ESP else None,
+        )
+
+    def _protected(self, peer: str) -> bool:
+        if self._config.ipsec.mode is IpsecMode.OFF:
+            return True
+        link = self._store.view().links.get(peer)
+        return link is not None and link.protected
+
+    def _report(self) -> Report:
+        situation = self.situation()
+        redis = situation.view.redis
+        return Report(
+            version=VERSION,
+            initialized=situation.view.initialized,
+            role=redis.role if redis is not None else Role.UNKNOWN,
+            healthy=all(found.severity < Severity.CRITICAL for found in conditions(situation)),
+            offset=redis.offset if redis is not None else None,
+        )
+
+    # --- what the wings need of one another
+
+    def _probes(self) -> dict[Service, Callable[[], Coroutine[Any, Any, None]]]:
+        """Return how each service is asked whether it does its job; only ha/ speaks to redis and sentinel."""
+        probes: dict[Service, Callable[[], Coroutine[Any, Any, None]]] = {}
+        redis = self._observer.redis
+        if redis is not None:
+            probes[Service.REDIS] = redis.ping
+        own = self._observer.sentinels.get(self._node.name)
+        if own is not None:
+            probes[Service.SENTINEL] = own.known
+        probes[Service.STUNNEL] = lambda: probe_tls(
+            listen_endpoints(self._config, self._node, Service.STUNNEL),
+            self._paths.config_dir / "tls.crt",
+            self._paths.config_dir / "ca.crt",
+        )
+        return probes
+
+    def _start_of_redis(self) -> Start:
+        return restart.start(self.situation(), self._death, holds_data=_holds_data(self._paths))
+
+    def _note_death(self) -> None:
+        """Remember that redis ended, and as what: a primary that died is not simply started again."""
+        child = self._store.view().children.get(Service.REDIS)
+        exits = _exits(child)
+        if exits > self._redis_exits:
+            self._death = self._observer.death()
+        self._redis_exits = exits
+
+    def _wake_services(self) -> None:
+        self._services_loop.wake()
+
+    def _loops(self) -> tuple[Loop, ...]:
+        mesh = (self._mesh_loop,) if self._mesh_loop is not None else ()
+        return (self._observer.loop, self._services_loop, *mesh)
+
+    # --- the service manager and signals
+
+    async def _tell_the_manager(self) -> None:
+        """READY once the services have been looked at; they may wait for peers for long."""
+        await self._services_loop.ready()
+        self._notifier.send("READY=1")
+        log.info("ready", node=self._node.name, cluster=self._config.cluster, version=VERSION)
+        while True:
+            self._notifier.send(f"STATUS={_status_line(self.situation())}")
+            await asyncio.sleep(STATUS_SECONDS)
+
+    async def _until_stopped(self) -> None:
+        await self._stop.wait()
+        log.info("stopping")
+        self._notifier.send("STOPPING=1", "STATUS=stopping stunnel, sentinel and redis")
+        await self._services.stop_all()
+        log.info("stopped")
+
+    @contextlib.contextmanager
+    def _signals(self) -> Any:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        # SIGHUP's default would end the daemon; a changed file is taken in by a restart, which leaves the data path up.
+        loop.add_signal_handler(signal.SIGHUP, lambda: log.warning("SIGHUP: restart srd to take in a changed file"))
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+
+
+def _exits(child: Child | None) -> int:
+    return sum(child.exits.values()) if child is not None else 0
+
+
+def _holds_data(paths: Paths) -> bool:
+    """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""
+    directory = paths.service_dir(Service.REDIS)
+    return (directory / "dump.rdb").exists() or any(directory.glob("appendonlydir/*"))
+
+
+def _status_line(situation: Situation) -> str:
+    view = situation.view
+    role = view.redis.role if view.redis is not None else "no redis yet"
+    links = sum(1 for link in view.links.values() if link.protected)
+    worst = next(iter(conditions(situation)), None)
+    trouble = f"; {worst.code}: {worst.subject} {worst.text}" if worst is not None else ""
+    return f"{role}, {links} of {len(view.links)} links protected{trouble}"
+
+
+def _close(listeners: list[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()
