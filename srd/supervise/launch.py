@@ -1,0 +1,109 @@
+"""Put a service's files in place and start it. Everything here blocks: it runs in a thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from srd.config import Config, Node
+from srd.desired import Start
+from srd.model import ConfigError, Endpoint, NodeKind, Paths, Secrets, Service, SrdError
+from srd.reconcile import boottime
+from srd.supervise import programs, render
+from srd.supervise.adopt import Register, argv_hash, record_of
+from srd.supervise.files import Owner, make_service_directory, write_private
+from srd.supervise.process import Running
+from srd.supervise.spawn import Command, Started, spawn
+
+TLS_FILES: Final = ("tls.crt", "tls.key", "ca.crt")
+
+
+class Launcher:
+    """Starts the services of one node."""
+
+    def __init__(self, *, config: Config, node: Node, paths: Paths, secrets: Secrets, register: Register) -> None:
+        self._config = config
+        self._node = node
+        self._paths = paths
+        self._secrets = secrets
+        self._register = register
+
+    def argv(self, service: Service) -> tuple[str, ...]:
+        """Return the argument vector that the service is started with. No secret is ever in it."""
+        program = programs.find_program(self._config, service)
+        mode = ("--sentinel",) if service is Service.SENTINEL else ()
+        return (program.argv0, str(self._file(service)), *mode)
+
+    def argv_hash(self, service: Service) -> str | None:
+        """Return what a record of the service would hold now; None when its program is not there."""
+        try:
+            return argv_hash(self.argv(service))
+        except ConfigError:
+            return None
+
+    def launch(self, service: Service, start: Start, restarts: int) -> Running:
+        """Write the service's files, start it and record it; `SrdError` says why not."""
+        program = programs.find_program(self._config, service)
+        owner = programs.owner_of(self._config, service)
+        for endpoint in programs.listen_endpoints(self._config, self._node, service):
+            if (taken := programs.check_endpoint(endpoint)) is not None:
+                raise taken
+        directory = self._paths.service_dir(service)
+        make_service_directory(directory, owner)
+        writers: dict[Service, Callable[[Owner, Start], None]] = {
+            Service.REDIS: self._write_redis,
+            Service.SENTINEL: self._write_sentinel,
+            Service.STUNNEL: self._write_stunnel,
+        }
+        writers[service](owner, start)
+        argv = self.argv(service)
+        started = spawn(Command(program.path, argv, owner, directory, self._paths.log_file(service)))
+        return self._record(service, started, argv, restarts)
+
+    def _record(self, service: Service, started: Started, argv: tuple[str, ...], restarts: int) -> Running:
+        now = boottime()
+        try:
+            self._register.put(record_of(service, started.pid, argv, started=now, restarts=restarts))
+        except SrdError:
+            # A child that the next srd would not know is worse than none.
+            signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
+            os.close(started.pidfd)
+            raise
+        return Running(pid=started.pid, pidfd=started.pidfd, started=now, restarts=restarts, adopted=False)
+
+    def _file(self, service: Service) -> Path:
+        return self._paths.service_dir(service) / f"{service}.conf"
+
+    def _write_redis(self, owner: Owner, start: Start) -> None:
+        directory = self._paths.service_dir(Service.REDIS)
+        text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
+        write_private(self._file(Service.REDIS), text.encode(), owner)
+
+    def _write_sentinel(self, owner: Owner, start: Start) -> None:
+        file = self._file(Service.SENTINEL)
+        if os.path.lexists(file):
+            return
+        if start.hold is not None:
+            raise SrdError("write", str(file), f"who is primary is not known: {start.hold}")
+        first = self._node if self._node.kind is NodeKind.REDIS else self._config.redis_nodes[0]
+        primary = start.primary or Endpoint(first.address, self._config.redis.port)
+        directory = self._paths.service_dir(Service.SENTINEL)
+        text = render.sentinel_conf(self._config, self._node, self._secrets, directory, primary)
+        write_private(file, text.encode(), owner)
+
+    def _write_stunnel(self, owner: Owner, _start: Start) -> None:
+        directory = self._paths.service_dir(Service.STUNNEL)
+        for name in TLS_FILES:
+            source = self._paths.config_dir / name
+            try:
+                content = source.read_bytes()
+            except OSError as error:
+                remedy = "it is part of the node's bundle"
+                raise SrdError("read", str(source), error.strerror or str(error), remedy) from error
+            write_private(directory / name, content, owner)
+        text = render.stunnel_conf(self._config, self._node, directory)
+        write_private(self._file(Service.STUNNEL), text.encode(), owner)

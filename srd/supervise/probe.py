@@ -1,0 +1,58 @@
+"""Whether stunnel does its job: a TLS handshake as a client makes it, which ends with the configured certificate."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from pathlib import Path
+from typing import Final
+
+from srd.model import Endpoint, SrdError
+
+_OPERATION: Final = "use TLS at"
+_BEGIN: Final = "-----BEGIN CERTIFICATE-----"
+_END: Final = "-----END CERTIFICATE-----"
+
+
+async def probe_tls(endpoints: tuple[Endpoint, ...], certificate: Path, authority: Path) -> None:
+    """Make a TLS handshake with each endpoint; `SrdError` unless each serves `certificate`, valid under `authority`.
+
+    The caller bounds the time.
+    """
+    context, expected = await asyncio.to_thread(_material, certificate, authority)
+    for endpoint in endpoints:
+        if await _served(endpoint, context) != expected:
+            reason = f"it serves another certificate than {certificate}"
+            raise SrdError(_OPERATION, str(endpoint), reason, "restart stunnel")
+
+
+def _material(certificate: Path, authority: Path) -> tuple[ssl.SSLContext, bytes]:
+    """Read whom to trust, and the certificate that ought to be served (the first in its file). Blocks."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # The certificate is compared as a whole, so which names it holds does not matter here.
+    context.check_hostname = False
+    try:
+        context.load_verify_locations(cafile=authority)
+        text = certificate.read_text(encoding="ascii")
+        return context, ssl.PEM_cert_to_DER_cert(text[text.index(_BEGIN) : text.index(_END) + len(_END)])
+    except OSError as error:  # ssl.SSLError is one
+        raise SrdError("read", f"{certificate} and {authority}", str(error)) from error
+    except ValueError as error:
+        raise SrdError("read", str(certificate), "it is not a certificate in PEM") from error
+
+
+async def _served(endpoint: Endpoint, context: ssl.SSLContext) -> bytes | None:
+    try:
+        _, writer = await asyncio.open_connection(str(endpoint.address), endpoint.port, ssl=context)
+        try:
+            session: ssl.SSLObject = writer.get_extra_info("ssl_object")
+            return session.getpeercert(binary_form=True)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+    except ssl.SSLCertVerificationError as error:
+        raise SrdError(_OPERATION, str(endpoint), f"certificate not valid: {error.verify_message}") from error
+    except OSError as error:
+        raise SrdError(_OPERATION, str(endpoint), error.strerror or str(error)) from error

@@ -1,0 +1,347 @@
+"""One child: runs the table of machine.py on a real process.
+
+Signals go through the pidfd, so never to another process that got the same pid; the end of the child comes from it
+too, 0.2 ms after the fact. Nothing here waits without a bound. When the tasks that run this are cancelled the child
+lives on: only `stop` ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+import structlog
+
+from srd.model import PermissionRefusedError, Service, SrdError
+from srd.reconcile import boottime
+from srd.state import Child, ChildState
+from srd.supervise.machine import RUNNING, Action, Event, failures_after, restart_pause, transition
+
+log = structlog.get_logger(__name__)
+
+_PROBE_PAUSE_FIRST: Final = 0.01
+_PROBE_PAUSE_GROWTH: Final = 1.5
+_PROBE_PAUSE_CAP: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The patience of supervision, in seconds but for the count."""
+
+    start_timeout: float = 30.0
+    probe_timeout: float = 2.0
+    probe_interval: float = 2.0
+    probe_failures: int = 3
+    kill_timeout: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A live process, just started or found again."""
+
+    pid: int
+    pidfd: int
+    started: float
+    restarts: int
+    adopted: bool
+
+
+class Process:
+    """One child of srd. `probe` raises `SrdError` while the child does not do its job."""
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        probe: Callable[[], Awaitable[None]],
+        changed: Callable[[], None],
+        timing: Timing,
+    ) -> None:
+        self.service = service
+        self.waiting_for: str | None = None
+        self._launch: Callable[[int], Running] | None = None
+        self._probe = probe
+        self._changed = changed
+        self._timing = timing
+        self._state = ChildState.STOPPED
+        self._running: Running | None = None
+        self._launching: asyncio.Future[Running] | None = None
+        self._ended = asyncio.Event()
+        self._ended.set()
+        self._alive = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._ready_since: float | None = None
+        self._retry_at: float | None = None
+        self._failures = 0
+        self._restarts = 0
+        self._launched_before = False
+        self._released = False
+        self._exits: Counter[str] = Counter()
+        self._last_exit: str | None = None
+        self._complaint: str | None = None
+
+    @property
+    def state(self) -> ChildState:
+        """Where the child is in its life."""
+        return self._state
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+        return self._running.pid if self._running else None
+
+    def snapshot(self) -> Child:
+        """Return what is known of the child now."""
+        running = self._running
+        return Child(
+            state=self._state,
+            pid=running.pid if running else None,
+            started=running.started if running else None,
+            ready_since=self._ready_since,
+            adopted=running.adopted if running else False,
+            restarts=self._restarts,
+            exits=MappingProxyType(dict(self._exits)),
+            last_exit=self._last_exit,
+            retry_at=self._retry_at,
+            waiting_for=self.waiting_for or (f"an answer ({self._complaint})" if self._complaint else None),
+        )
+
+    def adopt(self, running: Running) -> None:
+        """Take over a process that an earlier srd started."""
+        self._take(running)
+        self._apply(Event.ADOPT)
+        log.info("child adopted", service=self.service, pid=running.pid)
+
+    async def start(self, launch: Callable[[int], Running]) -> None:
+        """Start the child if it is stopped; does nothing in any other state, a pause after a failure included.
+
+        `launch` gets the number of restarts so far and starts the program; it runs in a thread and may block. Its
+        failure is not raised here: it becomes the child's last end, and a pause.
+        """
+        self._launch = launch
+        self._apply(Event.START)
+        if self._launching is not None:
+            await asyncio.wait({self._launching})
+
+    async def stop(self, grace: float) -> None:
+        """End the child: SIGTERM, after `grace` seconds SIGKILL; `SrdError` when even that does not end it."""
+        if self._launching is not None:
+            await asyncio.wait({self._launching})
+        self._apply(Event.STOP)
+        for patience, event in ((grace, Event.GRACE_OVER), (self._timing.kill_timeout, None)):
+            try:
+                async with asyncio.timeout(patience):
+                    await self._ended.wait()
+            except TimeoutError:
+                if event is not None:
+                    self._apply(event)
+            else:
+                return
+        raise SrdError("stop", f"{self.service} (pid {self.pid})", "it outlives SIGKILL; its disk may hang")
+
+    def release(self) -> None:
+        """Let go of the child without ending it: the last call, when srd ends and the child shall live on."""
+        self._released = True
+        self._end_pause()
+        if self._running is not None:
+            asyncio.get_running_loop().remove_reader(self._running.pidfd)
+            os.close(self._running.pidfd)
+            self._running = None
+            self._alive.clear()
+
+    async def watch(self) -> None:
+        """Ask the child again and again whether it does its job, until cancelled."""
+        while True:
+            await self._alive.wait()
+            running = self._running
+            if running is not None:
+                await self._watch_one(running)
+
+    async def _watch_one(self, running: Running) -> None:
+        timing = self._timing
+        deadline = boottime() + timing.start_timeout
+        failures = 0
+        pause = _PROBE_PAUSE_FIRST
+        while self._running is running:
+            complaint = await self._ask()
+            if self._running is not running:
+                return  # the answer is about a child that has ended meanwhile
+            if complaint is None:
+                failures = 0
+                self._complain(None)
+                self._apply(Event.ANSWERED)
+            else:
+                failures += 1
+                was_ready = self._state is ChildState.READY
+                if failures >= timing.probe_failures if was_ready else boottime() >= deadline:
+                    self._complain(complaint)
+                    self._apply(Event.SILENT)
+            if self._state is ChildState.STARTING:
+                await self._ended_within(pause)
+                pause = min(pause * _PROBE_PAUSE_GROWTH, _PROBE_PAUSE_CAP)
+            else:
+                await self._ended_within(timing.probe_interval)
+
+    async def _ask(self) -> str | None:
+        limit = asyncio.timeout(self._timing.probe_timeout)
+        try:
+            async with limit:
+                await self._probe()
+        except SrdError as error:
+            return str(error)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return f"no answer within {self._timing.probe_timeout:g} s"
+        return None
+
+    async def _ended_within(self, seconds: float) -> None:
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                await self._ended.wait()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+
+    def _complain(self, complaint: str | None) -> None:
+        if complaint == self._complaint:
+            return
+        if self._complaint is None:
+            log.warning("child does not answer", service=self.service, pid=self.pid, reason=complaint)
+        self._complaint = complaint
+        self._changed()
+
+    def _apply(self, event: Event) -> None:
+        before = self._state
+        self._state, actions = transition(before, event)
+        if self._state is not before:
+            self._entered(self._state)
+        for action in actions:
+            self._act(action)
+        if self._state is not before:
+            self._changed()
+
+    def _entered(self, state: ChildState) -> None:
+        if state is ChildState.READY and self._ready_since is None:
+            self._ready_since = boottime()
+            log.info("child ready", service=self.service, pid=self.pid)
+        elif state not in RUNNING:
+            self._ready_since = None
+
+    def _act(self, action: Action) -> None:
+        if action is Action.SPAWN:
+            self._spawn()
+        elif action is Action.TERMINATE:
+            self._signal(signal.SIGTERM)
+        elif action is Action.KILL:
+            log.warning("child outlived its grace", service=self.service, pid=self.pid)
+            self._signal(signal.SIGKILL)
+        elif action is Action.PAUSE:
+            self._pause()
+        elif action is Action.END_PAUSE:
+            self._end_pause()
+
+    def _spawn(self) -> None:
+        if self._launch is None:
+            return
+        if self._launched_before:
+            self._restarts += 1
+        self._launched_before = True
+        # The outcome arrives by callback: a pass that is cancelled while the thread runs must not lose the child.
+        self._launching = asyncio.get_running_loop().run_in_executor(None, self._launch, self._restarts)
+        self._launching.add_done_callback(self._launched)
+
+    def _launched(self, outcome: asyncio.Future[Running]) -> None:
+        self._launching = None
+        error = outcome.exception()
+        if error is None:
+            running = outcome.result()
+            if self._released:
+                os.close(running.pidfd)
+                return
+            self._take(running)
+            log.info("child started", service=self.service, pid=running.pid)
+            self._changed()
+        else:
+            self._note_end(f"not started: {error}", "not started")
+            self._apply(Event.REFUSED)
+            if not isinstance(error, SrdError):
+                raise error  # a defect: the loop's exception handler shows it
+
+    def _take(self, running: Running) -> None:
+        self._running = running
+        self._restarts = running.restarts
+        self._launched_before = True
+        self._ended.clear()
+        self._alive.set()
+        asyncio.get_running_loop().add_reader(running.pidfd, self._on_exit)
+
+    def _on_exit(self) -> None:
+        running = self._running
+        if running is None:
+            return
+        asyncio.get_running_loop().remove_reader(running.pidfd)
+        how, kind = _collect(running.pidfd)
+        os.close(running.pidfd)
+        self._note_end(how, kind, expected=self._state is ChildState.STOPPING)
+        log.info("child ended", service=self.service, pid=running.pid, how=how)
+        self._running = None
+        self._complaint = None
+        self._alive.clear()
+        self._ended.set()
+        self._apply(Event.EXITED)
+
+    def _note_end(self, how: str, kind: str, *, expected: bool = False) -> None:
+        self._last_exit = how
+        self._exits[kind] += 1
+        ready = boottime() - self._ready_since if self._ready_since is not None else None
+        self._failures = 0 if expected else failures_after(self._failures, ready)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._running is None:
+            return
+        try:
+            signal.pidfd_send_signal(self._running.pidfd, number)
+        except ProcessLookupError:
+            return  # it has just ended; the descriptor says so
+        except PermissionError as error:
+            who = f"{self.service} (pid {self.pid})"
+            raise PermissionRefusedError("end", who, "srd lacks CAP_KILL", "start srd by its systemd unit") from error
+
+    def _pause(self) -> None:
+        pause = restart_pause(self._failures, random.uniform(-1, 1))  # noqa: S311 - jitter
+        self._retry_at = boottime() + pause
+        self._timer = asyncio.get_running_loop().call_later(pause, self._pause_over)
+
+    def _pause_over(self) -> None:
+        self._end_pause()
+        self._apply(Event.PAUSE_OVER)
+
+    def _end_pause(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        self._retry_at = None
+
+
+def _collect(pidfd: int) -> tuple[str, str]:
+    """Return how a process ended: in words, and as one of a small set of labels."""
+    try:
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    except ChildProcessError:
+        # Adopted: the status went to whoever became its parent.
+        return "unknown, it was adopted", "unknown"
+    if result is None:
+        return "unknown, its status is not there", "unknown"
+    if result.si_code == os.CLD_EXITED:
+        return f"exit status {result.si_status}", f"status {result.si_status}"
+    name = signal.Signals(result.si_status).name if result.si_status in set(signal.Signals) else str(result.si_status)
+    return f"killed by {name}", name

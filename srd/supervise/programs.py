@@ -1,0 +1,168 @@
+"""What must be there before a child can be started: its program, its user, its port. Everything here blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Final
+
+from srd.config import Config, Node
+from srd.model import ConfigError, Endpoint, Paths, PermissionRefusedError, Service, SrdError
+from srd.state import services_of
+from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
+from srd.supervise.files import Owner, find_owner
+
+_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_OTHER_NAMES: Final = {
+    # One binary that goes by its argv[0]; Debian's redis-tools has it, under this name only.
+    "redis-server": "redis-check-rdb",
+    # Debian alone has a number in the name.
+    "stunnel4": "stunnel",
+}
+_PACKAGES: Final = {Service.REDIS: "redis-tools", Service.SENTINEL: "redis-tools", Service.STUNNEL: "stunnel4"}
+
+LOCALHOST: Final = IPv4Address("127.0.0.1")
+_PROC: Final = Path("/proc")
+_TCP_LISTEN: Final = "0A"  # net/tcp_states.h, as /proc/net/tcp prints it
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A program's file, and the name to run it by."""
+
+    path: Path
+    argv0: str
+
+
+def find_program(config: Config, service: Service) -> Program:
+    """Find the program of a service; `ConfigError` names the package that has it."""
+    name = config.tls.program if service is Service.STUNNEL else config.redis.program
+    found = _which(name)
+    if found is None and name in _OTHER_NAMES:
+        found = _which(_OTHER_NAMES[name])
+    if found is None:
+        raise ConfigError("find", name, "there is no such program", f"apt install {_PACKAGES[service]}")
+    base = Path(name).name
+    return Program(
+        Path(found).absolute(), base.replace("-server", "-sentinel") if service is Service.SENTINEL else base
+    )
+
+
+def _which(name: str) -> str | None:
+    # An empty or relative entry of PATH would be whatever directory srd was started in.
+    given = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry.startswith("/")]
+    return shutil.which(name, path=os.pathsep.join((*given, _SYSTEM_PATH)))
+
+
+def owner_of(config: Config, service: Service) -> Owner:
+    """Look up the user that a service runs as."""
+    user, key = {
+        Service.REDIS: (config.redis.user, "redis.user"),
+        Service.SENTINEL: (config.sentinel.user, "sentinel.user"),
+        Service.STUNNEL: (config.tls.user, "tls.user"),
+    }[service]
+    return find_owner(user, key)
+
+
+def check_programs(config: Config, node: Node) -> list[SrdError]:
+    """Return what is missing to run this node's services: programs and users, each once."""
+    found: dict[str, SrdError] = {}
+    for service in services_of(node):
+        for check in (find_program, owner_of):
+            try:
+                check(config, service)
+            except SrdError as error:
+                found.setdefault(str(error), error)
+    return list(found.values())
+
+
+def listen_endpoints(config: Config, node: Node, service: Service) -> tuple[Endpoint, ...]:
+    """Return where a service of this node listens."""
+    port = {
+        Service.REDIS: config.redis.port,
+        Service.SENTINEL: config.sentinel.port,
+        Service.STUNNEL: config.tls.port,
+    }[service]
+    local = service is not Service.STUNNEL and config.listen_localhost and LOCALHOST not in node.addresses
+    return tuple(Endpoint(address, port) for address in (*node.addresses, *((LOCALHOST,) if local else ())))
+
+
+def check_ports(config: Config, node: Node, paths: Paths) -> list[SrdError]:
+    """Return the ports of this node's services that cannot be had; those that srd's own children hold do not count."""
+    own = _own_children(paths)
+    found = [
+        check_endpoint(endpoint)
+        for service in services_of(node)
+        if service not in own
+        for endpoint in listen_endpoints(config, node, service)
+    ]
+    return [error for error in found if error is not None]
+
+
+def check_endpoint(endpoint: Endpoint) -> SrdError | None:
+    """Return why nobody can listen there now, and who does; None when it is free."""
+    family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET  # noqa: PLR2004 - IP version
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a dead listener do not matter
+        if family == socket.AF_INET6:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            probe.bind((str(endpoint.address), endpoint.port))
+        except OSError as error:
+            return _explain(endpoint, error)
+    return None
+
+
+def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
+    if error.errno == errno.EADDRINUSE:
+        who = _listener(endpoint.port) or "another program"
+        return SrdError("listen on", str(endpoint), f"{who} does already, and srd did not start it", "stop it")
+    if error.errno == errno.EADDRNOTAVAIL:
+        remedy = "give the interface this address, or correct cluster.toml"
+        return ConfigError("listen on", str(endpoint), "this machine does not have the address", remedy)
+    if error.errno == errno.EACCES:
+        return PermissionRefusedError("listen on", str(endpoint), "the port is privileged", "start srd as root")
+    return SrdError("listen on", str(endpoint), error.strerror or str(error))
+
+
+def _own_children(paths: Paths) -> frozenset[Service]:
+    """Return the services that run already as children of a srd."""
+    alive = set()
+    try:
+        records = Register(paths.run_dir / REGISTER_NAME).load()
+    except SrdError:
+        return frozenset()  # nothing is known to be ours then, and the ports tell the rest
+    for service, record in records.items():
+        found = look_up(record)
+        if found.pidfd is not None:
+            os.close(found.pidfd)
+        if found.verdict is Verdict.ALIVE:
+            alive.add(service)
+    return frozenset(alive)
+
+
+def _listener(port: int) -> str | None:
+    """Return «pid 12 (name)» of whoever listens on a port, as far as this process may see."""
+    inodes = {f"socket:[{inode}]" for table in ("tcp", "tcp6") for inode in _listening_inodes(table, port)}
+    for process in sorted(_PROC.glob("[0-9]*")):
+        # Processes end while they are looked at, and other users' descriptors are theirs.
+        with contextlib.suppress(OSError):
+            for descriptor in (process / "fd").iterdir():
+                if str(descriptor.readlink()) in inodes:
+                    return f"pid {process.name} ({(process / 'comm').read_text().strip()})"
+    return None
+
+
+def _listening_inodes(table: str, port: int) -> list[str]:
+    try:
+        lines = (_PROC / "net" / table).read_text(encoding="ascii").splitlines()[1:]
+    except FileNotFoundError:  # a kernel without IPv6
+        return []
+    rows = [line.split() for line in lines]
+    return [row[9] for row in rows if row[3] == _TCP_LISTEN and int(row[1].rpartition(":")[2], 16) == port]

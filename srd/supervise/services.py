@@ -1,0 +1,195 @@
+"""Keeps a node's redis, sentinel and stunnel as desired.py wants them: what runs is found, compared, put right.
+
+The end of a child only wakes the loop; the pass that follows starts it again, from configuration rendered for what is
+true then. Cancelling anything here ends no child. Only `stop_all` and `restart` do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Final
+
+import structlog
+
+from srd import desired
+from srd.config import Config, Node
+from srd.model import Paths, Secrets, Service, SrdError
+from srd.reconcile import until_first
+from srd.state import Situation, Store, services_of
+from srd.supervise.adopt import REGISTER_NAME, Found, Record, Register, Verdict, look_up
+from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, write_private
+from srd.supervise.launch import Launcher
+from srd.supervise.machine import RUNNING
+from srd.supervise.process import Process, Running, Timing
+
+log = structlog.get_logger(__name__)
+
+MARKER_NAME: Final = "initialized"
+STUNNEL_GRACE_SECONDS: Final = 2.0
+SENTINEL_GRACE_SECONDS: Final = 5.0
+
+
+class Services:
+    """The children of a node. `reconcile` makes one pass, `run` keeps asking whether they do their jobs."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        node: Node,
+        paths: Paths,
+        secrets: Secrets,
+        store: Store,
+        start: Callable[[], desired.Start],
+        probes: Mapping[Service, Callable[[], Awaitable[None]]],
+        situation: Callable[[], Situation],
+        joined: Callable[[], bool],
+        wake: Callable[[], None],
+        timing: Timing | None = None,
+    ) -> None:
+        self._config = config
+        self._node = node
+        self._paths = paths
+        self._start = start
+        self._situation = situation
+        self._joined = joined
+        self._wake = wake
+        self._write_children = store.writer("children")
+        self._write_initialized = store.writer("initialized")
+        self._register = Register(paths.run_dir / REGISTER_NAME)
+        self._launcher = Launcher(config=config, node=node, paths=paths, secrets=secrets, register=self._register)
+        self._processes = {
+            service: Process(
+                service, probe=probes[service], changed=self._changed, timing=timing if timing is not None else Timing()
+            )
+            for service in services_of(node)
+        }
+        self._undecided: dict[Service, Record] = {}  # recorded children that were not told alive or gone so far
+        self._complained: set[Service] = set()
+        self._looked = False
+        self._initialized = False
+        self._ending = False
+        self._one_pass = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Probe the children until cancelled; they live on."""
+        if not self._processes:
+            await asyncio.Event().wait()
+        await until_first(*(process.watch for process in self._processes.values()))
+
+    async def reconcile(self) -> None:
+        """Find what runs, start what is wanted and may start, note the first time that it all worked."""
+        async with self._one_pass:
+            if self._ending:
+                return
+            await self._find_children()
+            start = self._start()
+            wanted = desired.services(self._situation(), start)
+            for service, process in self._processes.items():
+                want = wanted[service]
+                process.waiting_for = self._undecided_reason(service) or want.waiting_for
+                if service in self._undecided:
+                    continue
+                if want.run:
+                    await process.start(partial(self._launcher.launch, service, start))
+                elif process.state in RUNNING:
+                    await process.stop(self.grace(service))
+            await self._note_joined()
+            self._publish()
+
+    async def stop_all(self) -> None:
+        """End the children in order: no new clients, no failover because of a stop, then the data on disk.
+
+        Nothing is started after this. A child that cannot be ended does not keep the others alive; the first such
+        error is raised at the end.
+        """
+        self._ending = True
+        errors: list[SrdError] = []
+        async with self._one_pass:
+            await self._find_children()
+            for service, process in reversed(self._processes.items()):
+                try:
+                    await process.stop(self.grace(service))
+                    if service not in self._undecided:
+                        await asyncio.to_thread(self._register.remove, service)
+                except SrdError as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+
+    async def restart(self, service: Service) -> None:
+        """End one child; the next pass starts it again, at once."""
+        async with self._one_pass:
+            await self._processes[service].stop(self.grace(service))
+        self._wake()
+
+    def release(self) -> None:
+        """Let go of the children without ending them: the last call of a srd that ends and leaves them running."""
+        for process in self._processes.values():
+            process.release()
+
+    def grace(self, service: Service) -> float:
+        """Return the seconds between SIGTERM and SIGKILL. redis may need 10 s for its replicas, and then saves."""
+        if service is Service.REDIS:
+            return self._config.redis.stop_grace
+        return SENTINEL_GRACE_SECONDS if service is Service.SENTINEL else STUNNEL_GRACE_SECONDS
+
+    def _changed(self) -> None:
+        self._publish()
+        self._wake()
+
+    def _publish(self) -> None:
+        self._write_children({service: process.snapshot() for service, process in self._processes.items()})
+
+    async def _find_children(self) -> None:
+        """Adopt what an earlier srd left running; later, look again at what could not be decided."""
+        if not self._looked:
+            self._undecided = await asyncio.to_thread(self._first_look)
+            self._looked = True
+            self._write_initialized(self._initialized)
+        for record in list(self._undecided.values()):
+            self._decide(record, await asyncio.to_thread(look_up, record))
+        self._publish()
+
+    def _first_look(self) -> dict[Service, Record]:
+        make_own_directory(self._paths.state_dir, TRAVERSABLE_DIRECTORY)
+        self._initialized = (self._paths.state_dir / MARKER_NAME).exists()
+        try:
+            records = self._register.load()
+        except SrdError as error:
+            log.warning("no child can be adopted", error=str(error))
+            return {}
+        for service in records.keys() - self._processes.keys():
+            log.warning("a service may run that this node does not want", service=service, pid=records[service].pid)
+        return {service: record for service, record in records.items() if service in self._processes}
+
+    def _decide(self, record: Record, found: Found) -> None:
+        process = self._processes[record.service]
+        if found.verdict is Verdict.UNVERIFIABLE:
+            if record.service not in self._complained:
+                log.warning("a child cannot be verified", service=record.service, pid=record.pid, reason=found.reason)
+            self._complained.add(record.service)
+            return
+        del self._undecided[record.service]
+        if found.pidfd is not None:
+            if record.argv_hash != self._launcher.argv_hash(record.service):
+                log.info("a child runs with other arguments than it would get now", service=record.service)
+            process.adopt(
+                Running(record.pid, found.pidfd, started=record.started, restarts=record.restarts, adopted=True)
+            )
+
+    def _undecided_reason(self, service: Service) -> str | None:
+        record = self._undecided.get(service)
+        if record is None:
+            return None
+        return f"the end of pid {record.pid}, which may be the {service} of an earlier srd; nobody can tell, so end it"
+
+    async def _note_joined(self) -> None:
+        """Write down, once, that this node is part of the cluster: from then on its sentinel starts first."""
+        if self._initialized or not self._joined():
+            return
+        await asyncio.to_thread(write_private, self._paths.state_dir / MARKER_NAME, b"")
+        self._initialized = True
+        self._write_initialized(True)

@@ -1,0 +1,137 @@
+"""Start one program so that it outlives srd and holds no right that it does not need. Blocks: call it from a thread.
+
+The program gets its own session, its own user, an environment that srd writes, no standard input, and a log file
+instead of a pipe. Its capabilities are given up by a thread that exists for this one start: no-new-privs, the ambient
+and inheritable sets and the bounding set belong to a thread, and a child inherits those of the thread that forks it. So
+no launcher program stands between srd and the child, and `argv[0]` is free to choose.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from srd.model import SrdError
+from srd.supervise.files import Owner, open_log
+
+# linux/prctl.h, linux/capability.h
+_PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_CAP_AMBIENT: Final = 47
+_PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_LAST_CAPABILITY_FILE: Final = Path("/proc/sys/kernel/cap_last_cap")
+
+_ENVIRONMENT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A program to run: the file, its argument vector (never a secret in it), whose it is, where it works and logs."""
+
+    program: Path
+    argv: tuple[str, ...]
+    owner: Owner
+    directory: Path
+    log: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A process that has just been started: its pid, and the descriptor that stays bound to it whatever happens."""
+
+    pid: int
+    pidfd: int
+
+
+def spawn(command: Command) -> Started:
+    """Start a program; `SrdError` when the system refuses."""
+    log = open_log(command.log)
+    outcome: list[Started | OSError | subprocess.SubprocessError] = []
+
+    def body() -> None:
+        try:
+            _give_up_capabilities()
+            outcome.append(_start(command, log))
+        except (OSError, subprocess.SubprocessError) as error:
+            outcome.append(error)
+
+    try:
+        thread = threading.Thread(target=body, name=f"spawn {command.argv[0]}")
+        thread.start()
+        thread.join()
+    finally:
+        os.close(log)
+    result = outcome[0]
+    if isinstance(result, Started):
+        return result
+    reason = result.strerror if isinstance(result, OSError) and result.strerror else str(result)
+    raise SrdError("start", str(command.program), reason) from result
+
+
+def _start(command: Command, log: int) -> Started:
+    owner = command.owner
+    process = subprocess.Popen(
+        command.argv,
+        executable=command.program,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd=command.directory,
+        env=_ENVIRONMENT,
+        start_new_session=True,
+        user=owner.uid if owner.switch else None,
+        group=owner.gid if owner.switch else None,
+        extra_groups=[] if owner.switch else None,
+        umask=0o077,
+    )
+    # The descriptor is taken before anyone could have reaped the child, so it cannot be another process's.
+    pidfd = os.pidfd_open(process.pid)
+    # Its status is collected through the descriptor; marked as ended, subprocess will not try to do so as well.
+    process.returncode = 0
+    return Started(process.pid, pidfd)
+
+
+class _CapabilityHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapabilityData(ctypes.Structure):
+    _fields_ = (("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32))
+
+
+def _give_up_capabilities() -> None:
+    """Make this thread, for good, one whose children get no capability and no way to gain one."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    header = _CapabilityHeader(_CAPABILITY_VERSION_3, 0)
+    data = (_CapabilityData * 2)()
+    _check(_libc.capget(ctypes.byref(header), data))
+    if any(part.inheritable for part in data):
+        for part in data:
+            part.inheritable = 0
+        _check(_libc.capset(ctypes.byref(header), data))
+    # Without CAP_SETPCAP the bounding set stays; no-new-privs makes it harmless for every user but root.
+    for capability in range(int(_LAST_CAPABILITY_FILE.read_text()) + 1):
+        try:
+            _prctl(_PR_CAPBSET_DROP, capability)
+        except PermissionError:
+            return
+
+
+def _prctl(option: int, argument: int) -> None:
+    zero = ctypes.c_ulong(0)
+    _check(_libc.prctl(option, ctypes.c_ulong(argument), zero, zero, zero))
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
