@@ -41,7 +41,7 @@ lint: venv  ## ruff, mypy --strict, import-linter
 .PHONY: test
 test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab
 	$(BIN)/pytest
-	tests/lab/boot tests/lab/suite
+	LAB_BARE=1 tests/lab/boot tests/lab/suite
 
 .PHONY: requirements
 requirements:  ## pin the dependencies again (needs uv)

@@ -20,7 +20,16 @@ from srd.trust.bundle import Bundle, load_bundle
 
 _CAPABILITIES_FILE: Final = "/proc/self/status"
 # include/uapi/linux/capability.h
-_CAPABILITIES: Final = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_NET_BIND_SERVICE": 10, "CAP_NET_ADMIN": 12}
+_CAPABILITIES: Final = {
+    "CAP_CHOWN": 0,  # the children's own directories
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_FOWNER": 3,
+    "CAP_KILL": 5,  # to stop what runs as another user
+    "CAP_SETGID": 6,
+    "CAP_SETUID": 7,
+    "CAP_NET_BIND_SERVICE": 10,  # the keying channel's ports
+    "CAP_NET_ADMIN": 12,  # policies, SAs, the socket mark
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +78,9 @@ def _problems_of(bundle: Bundle, paths: Paths) -> list[SrdError]:
 
 
 def _missing_capabilities(config: Config) -> list[SrdError]:
-    needed = ["CAP_NET_BIND_SERVICE", "CAP_SETUID", "CAP_SETGID"]
-    if config.ipsec.mode is IpsecMode.ESP:
-        needed.append("CAP_NET_ADMIN")
+    spared = {"CAP_NET_ADMIN"} if config.ipsec.mode is IpsecMode.OFF else set()
     effective = _effective_capabilities()
-    missing = ", ".join(name for name in needed if not effective & 1 << _CAPABILITIES[name])
+    missing = ", ".join(name for name, bit in _CAPABILITIES.items() if not effective & 1 << bit and name not in spared)
     if not missing:
         return []
     return [PermissionRefusedError("run", "srd", f"it lacks {missing}", "start it as root, or by its systemd unit")]

@@ -67,18 +67,21 @@ def diff(wanted: Mapping[K, V], observed: Mapping[K, V]) -> Diff[K, V]:
     )
 
 
-def retrying(
-    *exceptions: type[SrdError],
-    seconds: float,
-    pause: float = 0.05,
-) -> tenacity.AsyncRetrying:
-    """Return the retry policy: the named errors only, growing jittered pauses, `seconds` in all; then the error."""
-    return tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(exceptions),
-        wait=tenacity.wait_random_exponential(multiplier=pause, max=1.0),
-        stop=tenacity.stop_after_delay(seconds),
-        reraise=True,
-    )
+def persistently(*exceptions: type[SrdError], note: Callable[[BaseException], None]) -> tenacity.AsyncRetrying:
+    """Return the one retry policy: the named errors only, pauses as `backoff_seconds`, until it works or is cancelled.
+
+    `note` is told of each failure, so that none goes uncounted.
+    """
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        return backoff_seconds(state.attempt_number, random.uniform(-1, 1))  # noqa: S311 - jitter
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if error is not None:
+            note(error)
+
+    return tenacity.AsyncRetrying(retry=tenacity.retry_if_exception_type(exceptions), wait=wait, before_sleep=tell)
 
 
 def _log_failure(sentence: str, detail: BaseException | None) -> None:

@@ -34,7 +34,7 @@ from srd.model import (
     SrdError,
     Suite,
 )
-from srd.reconcile import backoff_seconds, boottime, contained, until_first
+from srd.reconcile import boottime, contained, persistently, until_first
 from srd.state import Channel, PeerReport, Store
 
 log = structlog.get_logger(__name__)
@@ -175,17 +175,10 @@ class Keying:
     # --- the leader
 
     async def _lead(self, peer: Node) -> None:
-        failures = 0
+        policy = persistently(SrdError, note=partial(self._failed, peer))
         while True:
-            try:
-                channel = await self._keyed(peer)
-            except SrdError as error:
-                self._failed(peer, error)
-                failures += 1
-                await asyncio.sleep(backoff_seconds(failures, random.uniform(-1, 1)))  # noqa: S311 - jitter
-            else:
-                failures = 0
-                await self._hold(peer, channel, leading=True)
+            channel: TlsChannel = await policy(self._keyed, peer)
+            await self._hold(peer, channel, leading=True)
 
     async def _keyed(self, peer: Node) -> TlsChannel:
         """Connect and make a generation of keys."""

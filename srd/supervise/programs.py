@@ -122,7 +122,7 @@ def check_endpoint(endpoint: Endpoint) -> SrdError | None:
 def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
     if error.errno == errno.EADDRINUSE:
         who = _listener(endpoint.port) or "another program"
-        return SrdError("listen on", str(endpoint), f"{who} does already, and srd did not start it", "stop it")
+        return ConfigError("listen on", str(endpoint), f"{who} does already, and srd did not start it", "stop it")
     if error.errno == errno.EADDRNOTAVAIL:
         remedy = "give the interface this address, or correct cluster.toml"
         return ConfigError("listen on", str(endpoint), "this machine does not have the address", remedy)

@@ -85,7 +85,7 @@ class Writer:
 
 def main() -> int:
     """Write until the end that the arguments name."""
-    mode, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 60.0  # noqa: PLR2004 - an argument
+    mode, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 60.0
     writer = Writer(os.environ["REDISCLI_AUTH"])
     while not writer.write():
         time.sleep(PAUSE_SECONDS)

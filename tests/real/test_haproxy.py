@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from unit.test_web_world import NOW, primary_redis, primary_situation, replica_redis
+from support.situations import NOW, primary_redis, primary_situation, replica_redis
 
 from srd.cli.balancer import split_host
 from srd.cli.main import srd

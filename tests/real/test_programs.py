@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from real.test_supervise_world import free_ports, world
+from support.nodes import free_ports, world
 
 from srd.config import Config, parse_config
 from srd.model import ConfigError, Endpoint, PermissionRefusedError, Service

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import redis.exceptions
-from real.test_supervise_world import PATIENCE, Member, eventually, world
+from support.nodes import PATIENCE, Member, eventually, world
 
 from srd.model import Secret, Service
 from srd.state import View

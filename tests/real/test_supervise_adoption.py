@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from real.test_supervise_world import PATIENCE, Member, eventually, world
+from support.nodes import PATIENCE, Member, eventually, world
 
 from srd.model import Service
 from srd.state import ChildState
@@ -25,7 +25,7 @@ SUPERVISOR = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from real.test_supervise_world import member_at
+from support.nodes import member_at
 
 async def main():
     member = member_at(Path(sys.argv[2]), sys.argv[3])

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import redis.exceptions
-from real.test_supervise_world import Member, eventually, world
+from support.nodes import Member, eventually, world
 
 from srd.desired import Start
 from srd.model import Endpoint, Service

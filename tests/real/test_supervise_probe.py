@@ -10,8 +10,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from real.test_supervise_world import free_ports, world
 from support.clusters import cluster_toml, make_bundles, paths_of
+from support.nodes import free_ports, world
 
 from srd.model import Endpoint, Paths, Service, SrdError
 from srd.state import ChildState

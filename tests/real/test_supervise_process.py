@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from real.test_supervise_world import background, freeze
+from support.nodes import background, freeze
 
 from srd.model import Service, SrdError
 from srd.reconcile import boottime

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from real.test_supervise_world import Member, eventually, freeze, world
+from support.nodes import Member, eventually, freeze, world
 
 from srd.desired import Start
 from srd.model import Service

@@ -12,7 +12,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
-from unit.test_web_world import primary_situation, replica_situation
+from support.situations import primary_situation, replica_situation
 
 from srd.config import HttpSection, Node
 from srd.model import NodeKind, SrdError

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from unit.test_web_world import arbiter_situation, link, primary_situation, replica_situation
+from support.situations import arbiter_situation, link, primary_situation, replica_situation
 
 from srd.cli import main as cli_main
 from srd.cli.output import duration, size

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from unit.test_web_world import arbiter_situation, primary_redis, primary_situation, replica_situation
+from support.situations import arbiter_situation, primary_redis, primary_situation, replica_situation
 
 from srd.control import client, documents
 from srd.control.server import ControlServer

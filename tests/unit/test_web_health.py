@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.test_web_world import (
+from support.situations import (
     NOW,
     OFFSET,
     arbiter_situation,

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
-from unit.test_web_world import (
+from support.situations import (
     NOW,
     WALL,
     at,

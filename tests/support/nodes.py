@@ -18,7 +18,6 @@ from typing import Any
 
 import redis.asyncio
 import redis.exceptions
-from support.clusters import cluster_toml, make_bundles, paths_of
 
 from srd.config import Config, Node
 from srd.desired import Start
@@ -31,6 +30,7 @@ from srd.supervise.process import Timing
 from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
 from srd.trust.bundle import load_bundle
+from support.clusters import cluster_toml, make_bundles, paths_of
 
 PATIENCE = 20.0
 QUICK = Timing(start_timeout=10, probe_timeout=1, probe_interval=0.1, probe_failures=3, kill_timeout=5)
@@ -239,8 +239,3 @@ async def eventually(check: Callable[[], Awaitable[bool]], what: str, seconds: f
         with attempt:
             if not await check():
                 raise NotYetError("wait for", what, f"not within {seconds:g} s")
-
-
-def test_free_ports_are_distinct_and_free() -> None:
-    ports = free_ports(3)
-    assert len(set(ports)) == 3

@@ -21,7 +21,6 @@ from srd.state import (
     SentinelAnswer,
     Situation,
     View,
-    conditions,
     services_of,
 )
 
@@ -146,9 +145,3 @@ def arbiter_situation(**changes: Any) -> Situation:
 def with_child(situation: Situation, service: Service, **changes: Any) -> Situation:
     children = {**situation.view.children, service: replace(situation.view.children[service], **changes)}
     return replace(situation, view=replace(situation.view, children=children))
-
-
-def test_the_whole_world_has_no_condition() -> None:
-    assert conditions(primary_situation()) == ()
-    assert conditions(replica_situation()) == ()
-    assert conditions(arbiter_situation()) == ()

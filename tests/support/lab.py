@@ -1,0 +1,97 @@
+"""The lab's cluster as a person at its keyboard sees it, for tests that run inside the lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parents[1] / "lab"
+CAPTURE = Path("/var/lab/suite.pcap")
+# The lab has one slow CPU: what takes a second elsewhere may take ten.
+PATIENCE_SECONDS = 120.0
+BETWEEN_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer of a node's :8080."""
+
+    status: int
+    body: Any
+
+
+class Lab:
+    """The cluster as a person at its keyboard sees it."""
+
+    nodes = tuple(f"redis-{number}" for number in range(1, int(os.environ["LAB_NODES"]) + 1))
+
+    def on(self, station: str, *command: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["on", station, *command],
+            check=check,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+
+    def srd(self, node: str, verb: str) -> dict[str, Any]:
+        # The exit status tells health; what it says is wanted here.
+        return json.loads(self.on(node, "srd", verb, "-o", "json", check=False).stdout)
+
+    def get(self, node: str, path: str) -> Answer:
+        said = self.on(
+            "client", "curl", "-s", "-m", "5", "-w", "\n%{http_code}", f"http://{node}:8080{path}", check=False
+        )
+        body, _, status = said.stdout.rpartition("\n")
+        return Answer(int(status), json.loads(body) if body.startswith("{") else body)
+
+    def primaries(self) -> list[str]:
+        return [node for node in self.nodes if self.get(node, "/primary").status == 200]
+
+    def primary(self) -> str:
+        (node,) = self.primaries()
+        return node
+
+    def children(self, node: str) -> dict[str, dict[str, Any]]:
+        return {child["service"]: child for child in self.srd(node, "children")["children"]}
+
+    def conditions(self) -> list[str]:
+        found = []
+        for node in self.nodes:
+            answer = self.get(node, "/srd")
+            if answer.status != 200:
+                found.append(f"{node}: no answer")
+                continue
+            found += [f"{node}: {condition['code']} {condition['subject']}" for condition in answer.body["conditions"]]
+        return found
+
+    def wait(self, what: Callable[[], bool], why: str, seconds: float = PATIENCE_SECONDS) -> float:
+        """Wait for a condition; return how long it took, fail with `why` if it does not come."""
+        started = time.monotonic()
+        while not what():
+            if time.monotonic() - started > seconds:
+                pytest.fail(f"not within {seconds:.0f} s: {why}; {self.conditions()}")
+            time.sleep(BETWEEN_SECONDS)
+        return time.monotonic() - started
+
+    def whole(self) -> bool:
+        return not self.conditions() and len(self.primaries()) == 1
+
+    def wait_whole(self) -> None:
+        self.wait(self.whole, "the cluster is whole")
+
+    def start_srd(self, node: str) -> None:
+        """Start srd again as a service manager would."""
+        subprocess.run([str(HERE / "cluster"), "start", node], check=True, timeout=PATIENCE_SECONDS)
+
+    def srd_pid(self, node: str) -> int:
+        return int(Path(f"/run/lab/srd-{node}.pid").read_text())
