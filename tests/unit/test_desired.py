@@ -1,0 +1,77 @@
+"""What ought to run, by what there is: policies, keys with a majority, redis, sentinel, stunnel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.situations import arbiter_situation, primary_situation
+
+from srd.desired import Start, Wanted, services
+from srd.model import Service
+from srd.state import Child, ChildState, Kernel, Situation
+
+RUN = Wanted(run=True)
+STOPPED = {service: Child(ChildState.STOPPED) for service in Service}
+
+
+def at_rest(**changes: object) -> Situation:
+    """Return a whole node whose children do not run yet."""
+    whole = primary_situation()
+    return replace(whole, view=replace(whole.view, children=STOPPED, initialized=False, **changes))
+
+
+def test_redis_comes_first_and_the_others_wait_for_it() -> None:
+    wanted = services(at_rest(), Start())
+    assert wanted == {
+        Service.REDIS: RUN,
+        Service.SENTINEL: Wanted(run=False, waiting_for="redis"),
+        Service.STUNNEL: Wanted(run=False, waiting_for="redis"),
+    }
+
+
+def test_with_redis_up_all_run() -> None:
+    whole = at_rest()
+    children = {**STOPPED, Service.REDIS: Child(ChildState.READY)}
+    wanted = services(replace(whole, view=replace(whole.view, children=children)), Start())
+    assert set(wanted.values()) == {RUN}
+
+
+def test_nothing_starts_before_the_policies_stand() -> None:
+    for kernel in (None, Kernel(policies_installed=False)):
+        wanted = services(at_rest(kernel=kernel), Start())
+        assert {want.waiting_for for want in wanted.values()} == {"the IPsec policies"}
+
+
+def test_nothing_starts_before_a_majority_is_keyed() -> None:
+    wanted = services(at_rest(links={}), Start())
+    assert all("keys with a majority" in (want.waiting_for or "") for want in wanted.values())
+
+
+def test_one_keyed_peer_of_two_is_enough() -> None:
+    links = dict(primary_situation().view.links)
+    del links["redis-3"]
+    assert services(at_rest(links=links), Start())[Service.REDIS] == RUN
+
+
+def test_what_runs_goes_on_when_every_peer_is_lost() -> None:
+    whole = primary_situation()
+    lost = replace(whole, view=replace(whole.view, links={}))
+    assert set(services(lost, Start()).values()) == {RUN}
+
+
+def test_a_held_redis_says_why() -> None:
+    assert services(at_rest(), Start(hold="a majority"))[Service.REDIS] == Wanted(run=False, waiting_for="a majority")
+
+
+@pytest.mark.parametrize("initialized", [True, False])
+def test_the_sentinel_of_a_member_starts_before_its_redis(initialized: bool) -> None:  # noqa: FBT001 - a table
+    whole = at_rest()
+    known = replace(whole, view=replace(whole.view, initialized=initialized))
+    assert services(known, Start(hold="a majority"))[Service.SENTINEL].run is initialized
+
+
+def test_an_arbiter_runs_a_sentinel_alone() -> None:
+    whole = arbiter_situation()
+    fresh = replace(whole, view=replace(whole.view, children={}))
+    assert services(fresh, Start()) == {Service.SENTINEL: RUN}
