@@ -56,6 +56,8 @@ async def problems(paths: Paths) -> list[SrdError]:
     except SrdError as error:
         return [error]
     found = await asyncio.to_thread(_problems_of, bundle, paths)
+    if any(isinstance(problem, PermissionRefusedError) for problem in found):
+        return found  # the kernel would refuse the probe for the same reason
     try:
         await _suite_grades(bundle.config)
     except SrdError as error:

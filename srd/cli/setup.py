@@ -67,5 +67,6 @@ def check_command(paths: Paths) -> None:
     for problem in found:
         click.echo(f"srd: {problem}", err=True)
     if found:
-        raise SystemExit(found[0].exit_status if len(found) == 1 else EXIT_CONFIG)
+        statuses = {problem.exit_status for problem in found}
+        raise SystemExit(statuses.pop() if len(statuses) == 1 else EXIT_CONFIG)
     click.echo("this node can run")

@@ -36,8 +36,8 @@ def test_three_sentinels_agree_and_every_link_is_protected(lab: Lab) -> None:
         assert status["health"] == "ok"
         links = lab.srd(node, "links")["links"]
         assert {link["peer"] for link in links} == set(lab.nodes) - {node}
-        assert all(link["state"] == "protected" for link in links)
-        assert all(link["key_exchange"] == "X25519MLKEM768" for link in links)
+        assert all(link["protected"] for link in links)
+        assert all(link["channel"]["key_exchange"] == "X25519MLKEM768" for link in links)
 
 
 def test_the_manuals_client_session(lab: Lab) -> None:
@@ -57,7 +57,7 @@ def test_a_write_by_one_client_is_read_on_a_replica(lab: Lab) -> None:
 
 @pytest.mark.parametrize("port", ["6379", "26379"])
 def test_nobody_gets_in_without_a_password(lab: Lab, port: str) -> None:
-    for command in (("ping",), ("info",), ("sentinel", "masters")):
+    for command in (("ping",), ("info",), ("hello",)):
         said = lab.on("redis-1", "env", "-u", "REDISCLI_AUTH", "redis-cli", "-p", port, *command, check=False).stdout
         assert said.startswith("NOAUTH"), (command, said)
 
@@ -142,7 +142,7 @@ def test_a_primary_that_is_killed_is_replaced_and_rejoins_as_a_replica(lab: Lab)
     assert second != first
     assert lab.get(first, "/replica").status == 200
     assert lab.on("client", "redis-cli", "get", "before").stdout.strip() == "the failover"
-    assert lab.get(second, "/history").body["history"][-1]["to"]["node"] == second
+    assert lab.get(second, "/history").body[-1]["node"] == second
     print(f"\nwrites were back {gap} s after the kill")  # noqa: T201 - a figure for people
 
 

@@ -52,7 +52,7 @@ class Lab:
             "client", "curl", "-s", "-m", "5", "-w", "\n%{http_code}", f"http://{node}:8080{path}", check=False
         )
         body, _, status = said.stdout.rpartition("\n")
-        return Answer(int(status), json.loads(body) if body.startswith("{") else body)
+        return Answer(int(status), json.loads(body) if body[:1] in ("{", "[") else body)
 
     def primaries(self) -> list[str]:
         return [node for node in self.nodes if self.get(node, "/primary").status == 200]
