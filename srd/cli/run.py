@@ -25,7 +25,12 @@ def run_command(paths: Paths) -> None:
 def configure_logging() -> None:
     """Log to standard error: for people on a terminal, as JSON lines anywhere else (the journal)."""
     terminal = sys.stderr.isatty()
-    renderer = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    # Never rich tracebacks: they print local variables, keys among them.
+    renderer = (
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if terminal
+        else structlog.processors.JSONRenderer()
+    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
