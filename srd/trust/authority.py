@@ -9,8 +9,6 @@ All keys are ECDSA P-256 with SHA-256 (NIST SP 800-52r2, 3.3).
 from __future__ import annotations
 
 import datetime
-import ipaddress
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from srd.model import ConfigError, Identity, IpAddress, NodeKind, Secret
+from srd.model import ConfigError, Identity, NodeKind, Secret
 
 AUTHORITY_DAYS: Final = 3650
 # Longer than a year, so that a yearly renewal has slack; the longest that public authorities may issue was 825 days.
@@ -104,11 +102,6 @@ def identify(certificate: x509.Certificate) -> Identity:
     return Identity(cluster, node, kind, tuple(names.get_values_for_type(x509.IPAddress)))  # type: ignore[arg-type]
 
 
-def identify_der(der: bytes) -> Identity:
-    """As `identify`, for a certificate as DER bytes."""
-    return identify(x509.load_der_x509_certificate(der))
-
-
 def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     """Return whether the authority signed this certificate."""
     try:
@@ -116,17 +109,6 @@ def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> boo
     except (ValueError, TypeError, InvalidSignature):
         return False
     return True
-
-
-def parse_addresses(texts: Sequence[str]) -> tuple[IpAddress, ...]:
-    """Parse IP addresses; `ConfigError` names the one that is none."""
-    found = []
-    for text in texts:
-        try:
-            found.append(ipaddress.ip_address(text))
-        except ValueError:
-            raise ConfigError("use the address", text, "it is not an IP address") from None
-    return tuple(found)
 
 
 def _issue(
