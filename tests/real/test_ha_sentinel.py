@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis as RawRedis
+from support.patience import retrying
 
 from srd.config import Config, parse_config
 from srd.ha.lease import endpoint_of
@@ -20,7 +21,7 @@ from srd.ha.observe import Observer
 from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
 from srd.ha.sentinel import SUBSCRIBED, RedisClient, SentinelClient
 from srd.model import Endpoint, Role, Secret, Secrets
-from srd.reconcile import boottime, retrying
+from srd.reconcile import boottime
 from srd.state import Store, View
 
 SECRETS = Secrets(Secret("application"), Secret("replication"), Secret("between-sentinels"), Secret("administrator"))

@@ -22,7 +22,7 @@ import redis.exceptions
 from srd.config import Config, Node
 from srd.desired import Start
 from srd.model import NodeKind, Paths, Secrets, Service, SrdError
-from srd.reconcile import Loop, boottime, retrying, until_first
+from srd.reconcile import Loop, boottime, until_first
 from srd.state import ChildState, Situation, Store, View
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
 from srd.supervise.probe import probe_tls
@@ -31,6 +31,7 @@ from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
 from srd.trust.bundle import load_bundle
 from support.clusters import cluster_toml, make_bundles, paths_of
+from support.patience import retrying
 
 PATIENCE = 20.0
 QUICK = Timing(start_timeout=10, probe_timeout=1, probe_interval=0.1, probe_failures=3, kill_timeout=5)
