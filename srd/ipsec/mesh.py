@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from pathlib import Path
@@ -114,6 +115,8 @@ class Mesh:
         self._peers = {reqid_of(peer.name): peer for peer in config.peers_of(node.name)}
         self._current: dict[str, _Current] = {}
         self._retire_at: dict[str, float] = {}
+        # Generations that are being installed or switched to, until both ends have confirmed one.
+        self._unconfirmed: dict[str, set[int]] = {}
         self._drift = 0
         self._settled = False
         self._write_links = store.writer("links")
@@ -126,6 +129,7 @@ class Mesh:
         async with self._lock:
             # Until both ends have confirmed a switch, any of the generations in the kernel may be in use.
             self._retire_at.pop(generation.peer, None)
+            self._unconfirmed.setdefault(generation.peer, set()).update(generation.spis)
             for leg in generation.legs:
                 await self._socket.add_sa(_inbound(generation, leg))
 
@@ -150,13 +154,18 @@ class Mesh:
         """Both ends send under the new keys: old outbound SAs go now, old inbound ones after the grace."""
         async with self._lock:
             self._retire_at[peer] = self._clock() + GRACE_SECONDS
+            self._unconfirmed.pop(peer, None)
             await self._reconcile()
 
     async def discard(self, generation: Generation) -> None:
         """Give up a generation that nobody sends under."""
         async with self._lock:
+            self._unconfirmed.get(generation.peer, set()).difference_update(generation.spis)
+            # The peer chose half of the SPIs: only with the address are they this link's.
+            made = {(leg.local, leg.spi_in) for leg in generation.legs}
+            made |= {(leg.remote, leg.spi_out) for leg in generation.legs}
             for sa in await self._socket.sas():
-                if owns_reqid(sa.reqid) and sa.spi in generation.spis:
+                if owns_reqid(sa.reqid) and (sa.destination, sa.spi) in made:
                     await self._delete_sa(sa)
 
     # --- the reconciler
@@ -170,12 +179,16 @@ class Mesh:
         policies = await self._socket.policies()
         sas = [sa for sa in await self._socket.sas() if owns_reqid(sa.reqid)]
         owned = {policy_key(info.policy): info.policy for info in policies if owns_index(info.policy.index)}
-        foreign = [info.policy for info in policies if not owns_index(info.policy.index)]
+        # A policy of an xfrm interface never meets this traffic: its interface is part of its identity.
+        others = [info for info in policies if not owns_index(info.policy.index) and not info.interface_id]
+        foreign = [info.policy for info in others]
         pins = self._pins(owned, sas)
         wanted = self._wanted(pins)
-        await self._apply(wanted, owned, {policy_key(policy) for policy in foreign})
+        # Somebody else's policies stand where these belong: a condition, never overwritten.
+        occupied = {policy_key(info.policy) for info in others if not info.sub} & (wanted.keys() - owned.keys())
+        await self._apply(wanted, owned, occupied)
         kept = await self._retire_sas(sas, set(pins.values()))
-        self._publish(pins, kept, overrides(foreign, wanted))
+        self._publish(pins, kept, overrides(foreign, wanted, occupied), occupied)
         self._settled = True
 
     def _pins(self, owned: Mapping[PolicyKey, xfrm.Policy], sas: Iterable[xfrm.SaInfo]) -> dict[IpAddress, int]:
@@ -210,14 +223,14 @@ class Mesh:
         self,
         wanted: Mapping[PolicyKey, xfrm.Policy],
         owned: Mapping[PolicyKey, xfrm.Policy],
-        foreign: set[PolicyKey],
+        occupied: AbstractSet[PolicyKey],
     ) -> None:
         difference = diff(wanted, {key: replace(policy, index=0) for key, policy in owned.items()})
         taken = {policy.index >> 3 for policy in owned.values()}
         free = (number for number in range(INDEX_BASE, INDEX_BASE + INDEX_SPAN) if number not in taken)
         for key, policy in difference.add.items():
-            if key in foreign:
-                continue  # somebody else's policy stands there: a condition, never overwritten
+            if key in occupied:
+                continue
             await self._socket.add_policy(replace(policy, index=next(free) << 3 | policy.direction))
             self._count_drift(policy)
         for key, policy in difference.change.items():
@@ -246,6 +259,8 @@ class Mesh:
         peer = self._peers.get(sa.reqid)
         if peer is None:
             return False
+        if sa.spi in self._unconfirmed.get(peer.name, ()):
+            return True
         current = self._current.get(peer.name)
         inbound = sa.destination in self._node.addresses
         if current is None:
@@ -262,13 +277,24 @@ class Mesh:
         except xfrm.MissingError:
             log.debug("the SA was gone already", sa=str(sa))
 
-    def _publish(self, pins: Mapping[IpAddress, int], sas: Iterable[xfrm.SaInfo], conflicts: tuple[str, ...]) -> None:
+    def _publish(
+        self,
+        pins: Mapping[IpAddress, int],
+        sas: Iterable[xfrm.SaInfo],
+        conflicts: tuple[str, ...],
+        occupied: AbstractSet[PolicyKey],
+    ) -> None:
+        exposed = {
+            network.network_address
+            for selector, _, _ in occupied
+            for network in (selector.source, selector.destination)
+        }
         by_identity = {(sa.destination, sa.spi): sa for sa in sas}
         links = {}
         for peer in self._peers.values():
             current = self._current.get(peer.name)
             legs = tuple(
-                self._leg(peer.name, local, remote, pins[remote], by_identity)
+                self._leg(peer.name, local, remote, pins[remote], by_identity, policies=remote not in exposed)
                 for local, remote in leg_addresses(self._node, peer)
             )
             links[peer.name] = Link(
@@ -294,6 +320,8 @@ class Mesh:
         remote: IpAddress,
         pin: int,
         sas: Mapping[tuple[IpAddress, int], xfrm.SaInfo],
+        *,
+        policies: bool,
     ) -> LinkLeg:
         outbound = sas.get((remote, pin))
         current = self._current.get(peer)
@@ -310,7 +338,7 @@ class Mesh:
             remote=remote,
             spi_in=inbound.spi if inbound is not None else None,
             spi_out=outbound.spi if outbound is not None else None,
-            policies=True,
+            policies=policies,
             bytes_in=inbound.bytes if inbound is not None else 0,
             packets_in=inbound.packets if inbound is not None else 0,
             bytes_out=outbound.bytes if outbound is not None else 0,

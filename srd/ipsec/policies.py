@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from ipaddress import ip_network
 from typing import Final
 
@@ -83,14 +84,20 @@ def compile_policy(flow: Flow, rule: Rule, pin: int) -> xfrm.Policy:
     )
 
 
-def overrides(foreign: Iterable[xfrm.Policy], wanted: Mapping[PolicyKey, xfrm.Policy]) -> tuple[str, ...]:
-    """Name foreign policies that come before one of srd's that protects: the kernel takes the lower priority."""
+def overrides(
+    foreign: Iterable[xfrm.Policy], wanted: Mapping[PolicyKey, xfrm.Policy], occupied: AbstractSet[PolicyKey]
+) -> tuple[str, ...]:
+    """Name foreign policies that defeat srd's: they come before one that protects, or stand in the place of one.
+
+    The kernel takes the lower priority, and keeps one policy for each selector, direction and mark.
+    """
     protecting = [policy for policy in wanted.values() if policy.templates or policy.action is xfrm.Action.BLOCK]
     return tuple(
         sorted(
             str(other)
             for other in foreign
-            if any(
+            if policy_key(other) in occupied
+            or any(
                 other.direction is mine.direction
                 and other.priority <= mine.priority
                 and _overlap(other.selector, mine.selector)

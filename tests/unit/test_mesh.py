@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -241,6 +242,49 @@ async def test_a_foreign_policy_that_comes_first_is_named_and_left(world: World)
     assert kernel is not None
     assert not kernel.policies_installed
     assert "0.0.0.0/0 -> 0.0.0.0/0" in kernel.foreign_overrides[0]
+
+
+@pytest.mark.parametrize("direction", [Direction.IN, Direction.OUT])
+async def test_a_foreign_policy_in_the_place_of_srds_is_a_conflict_whatever_its_priority(
+    world: World, direction: Direction
+) -> None:
+    here, there = ip_network("192.0.2.1"), ip_network("192.0.2.2")
+    selector = Selector(here, there) if direction is Direction.OUT else Selector(there, here)
+    theirs = Policy(selector, direction, Action.ALLOW, 5000)
+    await world.kernel.add_policy(theirs)
+    await world.mesh.reconcile()
+    await world.key_all()
+    view = world.store.view()
+    assert view.kernel is not None
+    assert not view.kernel.policies_installed
+    assert str(selector) in view.kernel.foreign_overrides[0]
+    assert not view.links["redis-2"].protected
+    assert view.links["redis-3"].protected
+
+
+async def test_a_pass_for_another_peer_leaves_half_a_first_generation_alone(world: World) -> None:
+    await world.settle()
+    rng = random.Random(6)
+    half, other = generation(rng, "redis-2", 1), generation(rng, "redis-3", 1)
+    await world.mesh.install_inbound(half)
+    await world.mesh.install_outbound(half)
+    await world.key(other)
+    await world.settle()
+    assert half.spis <= {sa.spi for sa in await world.kernel.sas()}
+    await world.mesh.pin(half)
+    assert world.store.view().links["redis-2"].protected
+
+
+async def test_giving_a_generation_up_touches_no_other_links_sa_of_the_same_spi(world: World) -> None:
+    await world.settle()
+    rng = random.Random(7)
+    kept, given_up = generation(rng, "redis-3", 1), generation(rng, "redis-2", 1)
+    await world.key(kept)
+    named = tuple(replace(leg, spi_out=kept.legs[0].spi_out) for leg in given_up.legs)
+    hostile = replace(given_up, legs=named)
+    await world.mesh.install_inbound(hostile)
+    await world.mesh.discard(hostile)
+    assert {sa.spi for sa in await world.kernel.sas()} == kept.spis
 
 
 @pytest.mark.parametrize("seed", range(12))
