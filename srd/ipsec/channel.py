@@ -166,7 +166,8 @@ async def _translated(operation: str, remote: str, seconds: float | None) -> Asy
         async with asyncio.timeout(seconds):
             yield
     except TimeoutError:
-        raise KeyingError(operation, remote, f"no answer within {seconds:g} s") from None
+        bound = "" if seconds is None else f" within {seconds:g} s"  # without one it is TCP's own, ETIMEDOUT
+        raise KeyingError(operation, remote, f"no answer{bound}") from None
     except SSL.ZeroReturnError:
         raise KeyingError(operation, remote, "it closed the connection") from None
     except SSL.SysCallError as error:

@@ -24,7 +24,9 @@ from __future__ import annotations
 import secrets
 import struct
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol
+
+from msgspec import Meta
 
 from srd.config import Config, Node
 from srd.desired import leg_addresses
@@ -40,20 +42,23 @@ LARGEST_SPI: Final = 0xFFFF_FFFF
 # A full handshake is 1.5 ms of CPU on each side; this is for a thousand peers at once, or a very slow machine.
 STEP_SECONDS: Final = 10.0
 
+# One a second for nine million years. A count without a bound is one that a peer can drive out of its eight bytes.
+Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+
 
 class Hello(Message, frozen=True):
     """Who I am in this boot, the last generation that I know of, and what my kernel can do."""
 
     protocol: int
     boot_id: str
-    generation: int
+    generation: Count
     grades: dict[str, int]
 
 
 class Prepare(Message, frozen=True):
     """The leader's offer: a new generation, its suite, and an SPI to reach the leader at, for each address pair."""
 
-    generation: int
+    generation: Count
     suite: str
     spis: list[int]
 
@@ -61,26 +66,26 @@ class Prepare(Message, frozen=True):
 class Prepared(Message, frozen=True):
     """The follower can receive and send; the SPIs are those to reach it at."""
 
-    generation: int
+    generation: Count
     spis: list[int]
 
 
 class Commit(Message, frozen=True):
     """The leader sends under the new keys."""
 
-    generation: int
+    generation: Count
 
 
 class Committed(Message, frozen=True):
     """So does the follower."""
 
-    generation: int
+    generation: Count
 
 
 class Done(Message, frozen=True):
     """Both have switched; old keys may go."""
 
-    generation: int
+    generation: Count
 
 
 class Installer(Protocol):

@@ -184,6 +184,19 @@ async def test_garbage_and_strangers_do_not_keep_a_peer_out(bundles: dict[str, B
             stranger.close()
 
 
+async def test_a_peer_that_counts_past_all_bounds_is_refused_and_harms_no_other(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
+    three, _ = keying_of(bundles["redis-3"], tables, FAST_AES)
+    two._exchange._counted["redis-1"] = 2**64 - 1
+    async with running(one, two, three):
+        view = await store.wait_for(
+            lambda view: view.channels["redis-2"].last_error is not None and view.channels["redis-3"].connected, 20
+        )
+    assert "does not belong here" in (view.channels["redis-2"].last_error or "")
+
+
 async def test_another_cluster_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
     other = {n: esp(b) for n, b in make_bundles(tmp_path / "other", cluster_toml(name="other")).items()}
     tables = Tables()
