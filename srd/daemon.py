@@ -35,6 +35,7 @@ from srd.reconcile import Loop, boottime, until_first
 from srd.state import Child, Severity, Situation, Store, conditions
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
 from srd.supervise.probe import probe_tls
+from srd.supervise.process import NOT_STARTED
 from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
 from srd.systemd import Notifier
@@ -225,8 +226,11 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        # SIGHUP's default would end the daemon; a changed file is taken in by a restart, which leaves the data path up.
-        loop.add_signal_handler(signal.SIGHUP, lambda: log.warning("SIGHUP: restart srd to take in a changed file"))
+        # SIGHUP's default would end the daemon.
+        loop.add_signal_handler(
+            signal.SIGHUP,
+            lambda: log.warning("SIGHUP changes nothing: a restart, which restarts redis too, takes a changed file in"),
+        )
         try:
             yield
         finally:
@@ -235,7 +239,7 @@ class Daemon:
 
 
 def _exits(child: Child | None) -> int:
-    return sum(child.exits.values()) if child is not None else 0
+    return sum(count for how, count in child.exits.items() if how != NOT_STARTED) if child is not None else 0
 
 
 def _holds_data(paths: Paths) -> bool:

@@ -15,7 +15,7 @@ from srd.config import KEYING_PORT, Config
 from srd.ipsec import xfrm
 from srd.ipsec.suites import grades, read_proc_crypto
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
-from srd.supervise.programs import check_endpoint, check_ports, check_programs
+from srd.supervise.programs import LOCALHOST, check_endpoint, check_ports, check_programs
 from srd.trust.bundle import Bundle, load_bundle
 
 _CAPABILITIES_FILE: Final = "/proc/self/status"
@@ -71,6 +71,8 @@ def _problems_of(bundle: Bundle, paths: Paths) -> list[SrdError]:
     if strangers:  # of a machine that is not the bundle's, nothing else is worth saying
         return strangers
     own = [Endpoint(address, port) for port in (KEYING_PORT, config.http.port) for address in node.addresses]
+    if config.listen_localhost and LOCALHOST not in node.addresses:
+        own.append(Endpoint(LOCALHOST, config.http.port))
     return [
         *_missing_capabilities(config),
         *check_programs(config, node),

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import ip_address
 from typing import Any, Final
 
 import structlog
@@ -99,6 +100,7 @@ class Keying:
         self._protected = protected
         self._mark = mark
         self._peers = {peer.name: peer for peer in config.peers_of(node.name)}
+        self._addresses = {address for peer in self._peers.values() for address in peer.addresses}
         self._live: dict[str, TlsChannel] = {}
         self._strangers = asyncio.Semaphore(MAX_STRANGERS)
         now = boottime()
@@ -132,18 +134,28 @@ class Keying:
         while True:
             await self._strangers.acquire()
             try:
-                connection, _ = await loop.sock_accept(listener)
+                connection, (address, *_) = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, or the peer was gone before it was accepted
                 self._strangers.release()
                 log.warning("cannot accept a keying connection", error=error.strerror)
                 await asyncio.sleep(0.1)
                 continue
+            if ip_address(address) not in self._addresses:
+                # Not even a handshake's time: whoever is no peer must not take the places of peers.
+                self._strangers.release()
+                connection.close()
+                continue
             group.create_task(contained("keying connection", partial(self._serve, connection)))
 
     async def _serve(self, connection: socket.socket) -> None:
         """Answer one connection: from a stranger to a peer, through a generation, to the end of its heartbeats."""
-        channel = await self._open(connection, accepted=True)
         peer: Node | None = None
+        try:
+            channel = await self._open(connection, accepted=True)
+        except (OSError, asyncio.CancelledError):
+            self._strangers.release()
+            connection.close()
+            raise
         try:
             try:
                 peer = self._admit(await channel.handshake(self._identify, STEP_SECONDS), channel)

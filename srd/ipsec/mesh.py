@@ -45,7 +45,7 @@ log = structlog.get_logger(__name__)
 # How long the old inbound SA goes on receiving what was in flight (strongSwan's delete_rekeyed_delay).
 GRACE_SECONDS: Final = 5.0
 # The kernel's own limits, for when srd is gone for good. Time: NIST SP 800-77r1's 8 hours. Amount: AES-GCM keeps a
-# margin of 2^-60 up to about 390 GB under one key; srd renews at the soft limit.
+# margin of 2^-60 up to about 390 GB under one key.
 LIFETIME: Final = xfrm.Lifetime(soft_bytes=256 << 30, hard_bytes=320 << 30, hard_seconds=8 * 3600)
 
 XFRM_STAT: Final = Path("/proc/net/xfrm_stat")

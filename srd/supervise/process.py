@@ -26,6 +26,9 @@ from srd.supervise.machine import RUNNING, Action, Event, failures_after, restar
 
 log = structlog.get_logger(__name__)
 
+# Among the ends that are counted, the one of a child that never was.
+NOT_STARTED: Final = "not started"
+
 _PROBE_PAUSE_FIRST: Final = 0.01
 _PROBE_PAUSE_GROWTH: Final = 1.5
 _PROBE_PAUSE_CAP: Final = 0.5
@@ -271,7 +274,7 @@ class Process:
             log.info("child started", service=self.service, pid=running.pid)
             self._changed()
         else:
-            self._note_end(f"not started: {error}", "not started")
+            self._note_end(f"not started: {error}", NOT_STARTED)
             self._apply(Event.REFUSED)
             if not isinstance(error, SrdError):
                 raise error  # a defect: the loop's exception handler shows it
@@ -298,6 +301,10 @@ class Process:
         self._alive.clear()
         self._ended.set()
         self._apply(Event.EXITED)
+
+    def note_unseen_end(self) -> None:
+        """Count an end that happened while no srd was there to see it."""
+        self._note_end("it ended while no srd was there", "unseen")
 
     def _note_end(self, how: str, kind: str, *, expected: bool = False) -> None:
         self._last_exit = how

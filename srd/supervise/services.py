@@ -18,7 +18,7 @@ from srd.config import Config, Node
 from srd.model import Paths, Secrets, Service, SrdError
 from srd.reconcile import until_first
 from srd.state import Situation, Store, services_of
-from srd.supervise.adopt import REGISTER_NAME, Found, Record, Register, Verdict, look_up
+from srd.supervise.adopt import REGISTER_NAME, Found, Record, Register, Verdict, boot_id, look_up
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, write_private
 from srd.supervise.launch import Launcher
 from srd.supervise.machine import RUNNING
@@ -173,7 +173,9 @@ class Services:
             self._complained.add(record.service)
             return
         del self._undecided[record.service]
-        if found.pidfd is not None:
+        if found.pidfd is None and record.boot_id == boot_id():
+            process.note_unseen_end()
+        elif found.pidfd is not None:
             if record.argv_hash != self._launcher.argv_hash(record.service):
                 log.info("a child runs with other arguments than it would get now", service=record.service)
             process.adopt(

@@ -14,7 +14,8 @@ import pytest
 from support.clusters import cluster_toml, make_bundles
 
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
-from srd.ipsec.keying import Keying, Report
+from srd.ipsec.exchange import STEP_SECONDS
+from srd.ipsec.keying import MAX_STRANGERS, Keying, Report
 from srd.ipsec.mesh import Generation
 from srd.model import IpsecMode, Role, Suite
 from srd.reconcile import boottime
@@ -175,13 +176,27 @@ async def test_garbage_and_strangers_do_not_keep_a_peer_out(bundles: dict[str, B
     async with running(two):
         strangers = []
         for number in range(50):
-            stranger = socket.create_connection(("127.0.1.2", KEYING_PORT))
+            # From outside, and from a peer's address: the latter get as far as a handshake.
+            source = ("127.0.0.1" if number % 4 < 2 else "127.0.1.3", 0)
+            stranger = socket.create_connection(("127.0.1.2", KEYING_PORT), source_address=source)
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n" if number % 2 else b"\x16\x03")
             strangers.append(stranger)
         async with running(one):
             await one_store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
         for stranger in strangers:
             stranger.close()
+
+
+async def test_idle_outsiders_are_put_out_at_once_and_take_no_place(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
+    async with running(two):
+        idle = [socket.create_connection(("127.0.1.2", KEYING_PORT)) for _ in range(MAX_STRANGERS + 44)]
+        async with running(one):
+            await store.wait_for(lambda view: view.channels["redis-2"].connected, STEP_SECONDS / 2)
+        for connection in idle:
+            connection.close()
 
 
 async def test_a_peer_that_counts_past_all_bounds_is_refused_and_harms_no_other(bundles: dict[str, Bundle]) -> None:
