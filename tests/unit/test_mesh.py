@@ -167,11 +167,23 @@ async def test_with_keys_everything_leaves_in_esp(world: World) -> None:
     assert all(link.protected for link in world.store.view().links.values())
 
 
-async def test_at_no_moment_of_the_first_pass_is_an_exemption_there_before_what_it_is_exempt_from(world: World) -> None:
-    await world.settle()
-    installed = [change for change in world.kernel.changes if change.startswith("add policy")]
-    blocks = [number for number, change in enumerate(installed) if "0.0.0.0/0" in change or "::/0" in change]
-    assert blocks == list(range(len(blocks)))
+async def test_at_every_moment_of_the_first_pass_a_packet_meets_its_final_fate_or_no_policy() -> None:
+    closed: set[Packet] = set()
+    trouble: list[tuple[str, Packet]] = []
+
+    def look() -> None:
+        for packet in PROTECTED:
+            if kernel.fate(packet) is Fate.DROPPED:
+                closed.add(packet)
+            elif packet in closed:
+                trouble.append(("opened again", packet))
+        trouble.extend(("refused", packet) for packet in EXEMPT if kernel.fate(packet) is not Fate.PLAINTEXT)
+
+    kernel = FakeKernel(look)
+    node = CONFIG.node("redis-1")
+    await Mesh(config=CONFIG, node=node, socket=kernel, store=Store(0.0)).reconcile()
+    assert closed == set(PROTECTED)
+    assert not trouble, trouble[0]
 
 
 async def test_an_outsider_reaches_neither_redis_nor_sentinel(world: World) -> None:
