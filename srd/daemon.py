@@ -146,15 +146,16 @@ class Daemon:
             installer=installer,
             store=self._store,
             report=self._report,
-            protected=self._protected,
+            wants_keys=self._wants_keys,
             mark=KEYING_MARK if self._config.ipsec.mode is IpsecMode.ESP else None,
         )
 
-    def _protected(self, peer: str) -> bool:
+    def _wants_keys(self, peer: str) -> bool:
+        """Whether a link lacks keys (somebody deleted them) or those that it has are worn."""
         if self._config.ipsec.mode is IpsecMode.OFF:
-            return True
+            return False
         link = self._store.view().links.get(peer)
-        return link is not None and link.protected
+        return link is None or not link.protected or link.worn
 
     def _report(self) -> Report:
         situation = self.situation()

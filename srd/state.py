@@ -59,6 +59,7 @@ class LinkLeg:
     packets_out: int = 0
     replay_drops: int = 0
     integrity_failures: int = 0
+    worn: bool = False  # an SA has carried as much as one key should
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,11 @@ class Link:
     def protected(self) -> bool:
         """Policies stand and both SAs are installed, the outbound policy pinned to the outbound one, on every leg."""
         return bool(self.legs) and all(leg.policies and leg.spi_in and leg.spi_out for leg in self.legs)
+
+    @property
+    def worn(self) -> bool:
+        """New keys are due before their time: some SA is past the soft limit of its bytes or packets."""
+        return any(leg.worn for leg in self.legs)
 
 
 @dataclass(frozen=True, slots=True)

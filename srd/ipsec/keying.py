@@ -88,7 +88,7 @@ class Keying:
         installer: Installer,
         store: Store,
         report: Callable[[], Report],
-        protected: Callable[[str], bool],
+        wants_keys: Callable[[str], bool],
         mark: int | None,
     ) -> None:
         self._config = config
@@ -97,7 +97,7 @@ class Keying:
         self._identify = identify
         self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
         self._report = report
-        self._protected = protected
+        self._wants_keys = wants_keys
         self._mark = mark
         self._peers = {peer.name: peer for peer in config.peers_of(node.name)}
         self._addresses = {address for peer in self._peers.values() for address in peer.addresses}
@@ -122,7 +122,7 @@ class Keying:
                     group.create_task(self._accept(listener, group))
                 for peer in self._peers.values():
                     if self._node.name < peer.name:
-                        group.create_task(self._lead(peer))
+                        group.create_task(self._lead(peer, group))
         finally:
             for channel in self._live.values():
                 channel.close()
@@ -169,7 +169,7 @@ class Keying:
                 log.warning("keying connection refused", address=channel.remote, error=str(error))
         else:
             self._established(peer, channel, generation)
-            await self._hold(peer, channel, leading=False)
+            await self._hold(peer, channel, asyncio.Event())  # the leader decides when
         finally:
             channel.close()
 
@@ -186,11 +186,13 @@ class Keying:
 
     # --- the leader
 
-    async def _lead(self, peer: Node) -> None:
+    async def _lead(self, peer: Node, group: asyncio.TaskGroup) -> None:
         policy = persistently(SrdError, note=partial(self._failed, peer))
         while True:
             channel: TlsChannel = await policy(self._keyed, peer)
-            await self._hold(peer, channel, leading=True)
+            due = asyncio.Event()
+            group.create_task(contained("keying connection", partial(self._hold, peer, channel, due)))
+            await due.wait()
 
     async def _keyed(self, peer: Node) -> TlsChannel:
         """Connect and make a generation of keys."""
@@ -228,31 +230,31 @@ class Keying:
                 return connection
         raise KeyingError("connect to", str(target), "all eight client ports are in use with this peer")
 
-    async def _hold(self, peer: Node, channel: TlsChannel, *, leading: bool) -> None:
-        """Exchange heartbeats until the connection fails or is replaced; the leader returns when new keys are due.
+    async def _hold(self, peer: Node, channel: TlsChannel, due: asyncio.Event) -> None:
+        """Exchange heartbeats until the connection fails or the next one has taken its place.
 
-        In the latter case the connection stays as it is until the next one has taken its place.
+        `due` is set when either end needs new keys, when these are old, and at the end. Making new ones may take
+        many attempts: meanwhile the heartbeats go on, and their silence is noticed.
         """
         # Each pair at a time of its own, so that a mesh never renews all its keys at once.
-        due = boottime() + REKEY_SECONDS * (1 - random.uniform(0, REKEY_JITTER))  # noqa: S311 - no secret
-        wanted = asyncio.Event()
+        old_at = boottime() + REKEY_SECONDS * (1 - random.uniform(0, REKEY_JITTER))  # noqa: S311 - no secret
 
         async def listen() -> None:
             while True:
                 beat: Beat = await channel.receive(Beat, SILENCE_SECONDS)
                 self._note(peer, beat)
                 if beat.wants_keys:
-                    wanted.set()
+                    due.set()
 
         async def speak() -> None:
             while self._live.get(peer.name) is channel:
                 report = self._report()
-                missing = not self._protected(peer.name)
+                wants_keys = self._wants_keys(peer.name)
                 await channel.send(
-                    Beat(report.version, report.initialized, report.role, report.healthy, report.offset, missing)
+                    Beat(report.version, report.initialized, report.role, report.healthy, report.offset, wants_keys)
                 )
-                if leading and (missing or wanted.is_set() or boottime() >= due):
-                    return
+                if wants_keys or boottime() >= old_at:
+                    due.set()
                 await asyncio.sleep(BEAT_SECONDS)
 
         try:
@@ -262,6 +264,8 @@ class Keying:
                 del self._live[peer.name]
                 self._failed(peer, error)
                 channel.close()
+        finally:
+            due.set()
 
     def _established(self, peer: Node, channel: TlsChannel, generation: Generation) -> None:
         before = self._live.get(peer.name)

@@ -45,9 +45,15 @@ log = structlog.get_logger(__name__)
 
 # How long the old inbound SA goes on receiving what was in flight (strongSwan's delete_rekeyed_delay).
 GRACE_SECONDS: Final = 5.0
-# The kernel's own limits, for when srd is gone for good. Time: NIST SP 800-77r1's 8 hours. Amount: AES-GCM keeps a
-# margin of 2^-60 up to about 390 GB under one key.
-LIFETIME: Final = xfrm.Lifetime(soft_bytes=256 << 30, hard_bytes=320 << 30, hard_seconds=8 * 3600)
+# Soft limits ask for new keys; the hard ones are the kernel's own, for when srd is gone for good. Amount: AES-GCM keeps
+# a margin of 2^-60 up to about 390 GB under one key. Time: NIST SP 800-77r1's 8 hours.
+LIFETIME: Final = xfrm.Lifetime(
+    soft_bytes=256 << 30,
+    hard_bytes=320 << 30,
+    soft_packets=1 << 31,
+    hard_packets=(1 << 32) - (1 << 20),
+    hard_seconds=8 * 3600,
+)
 
 XFRM_STAT: Final = Path("/proc/net/xfrm_stat")
 
@@ -333,6 +339,7 @@ class Mesh:
             if current is None or spi in current.spis
         ]
         inbound = max(received, key=lambda sa: sa.add_timestamp, default=None)
+        used = [sa for sa in (inbound, outbound) if sa is not None]
         return LinkLeg(
             local=local,
             remote=remote,
@@ -345,6 +352,7 @@ class Mesh:
             packets_out=outbound.packets if outbound is not None else 0,
             replay_drops=inbound.replay_drops + inbound.replay_window_drops if inbound is not None else 0,
             integrity_failures=inbound.integrity_failures if inbound is not None else 0,
+            worn=any(_worn(sa) for sa in used),
         )
 
 
@@ -411,6 +419,12 @@ def _outbound(generation: Generation, leg: KeyedLeg) -> xfrm.Sa:
         selector=xfrm.Selector(ip_network(leg.local), ip_network(leg.remote)),
         lifetime=LIFETIME,
     )
+
+
+def _worn(sa: xfrm.SaInfo) -> bool:
+    """Whether a soft limit of the SA's own is reached; the kernel says so in one event only, which may be lost."""
+    limits = ((sa.bytes, sa.lifetime.soft_bytes), (sa.packets, sa.lifetime.soft_packets))
+    return any(soft is not None and carried >= soft for carried, soft in limits)
 
 
 def _suite_of(legs: tuple[LinkLeg, ...], sas: Mapping[tuple[IpAddress, int], xfrm.SaInfo]) -> Suite | None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import socket
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.ipsec.exchange import STEP_SECONDS
 from srd.ipsec.keying import MAX_STRANGERS, Keying, Report
 from srd.ipsec.mesh import Generation
-from srd.model import IpsecMode, Role, Suite
+from srd.model import IpsecMode, Role, SrdError, Suite
 from srd.reconcile import boottime
 from srd.state import Store
 from srd.trust.authority import identify
@@ -35,6 +36,7 @@ class Tables:
         self.outbound: dict[tuple[str, int], bytes] = {}
         self.pinned: dict[tuple[str, str], Generation] = {}  # (sending node, peer)
         self.keys: list[bytes] = []
+        self.full = False  # no more keys are taken
 
     def of(self, node: str) -> NodeTables:
         return NodeTables(self, node)
@@ -48,6 +50,8 @@ class NodeTables:
         self.node = node
 
     async def install_inbound(self, generation: Generation) -> None:
+        if self.tables.full:
+            raise SrdError("install", "an SA", "the table is full")
         for leg in generation.legs:
             self.tables.inbound[self.node, leg.spi_in] = leg.key_in
             self.tables.keys.append(leg.key_in)
@@ -76,7 +80,10 @@ def esp(bundle: Bundle) -> Bundle:
     return dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, ipsec=section))
 
 
-def keying_of(bundle: Bundle, tables: Tables, grades: dict[Suite, int]) -> tuple[Keying, Store]:
+def keying_of(
+    bundle: Bundle, tables: Tables, grades: dict[Suite, int], wanting: AbstractSet[str] = frozenset()
+) -> tuple[Keying, Store]:
+    """Return a node's keying and its store; it wants new keys with the peers that are in `wanting`."""
     store = Store(boottime())
     keying = Keying(
         config=bundle.config,
@@ -88,7 +95,7 @@ def keying_of(bundle: Bundle, tables: Tables, grades: dict[Suite, int]) -> tuple
         installer=tables.of(bundle.node.name),
         store=store,
         report=lambda: Report("0.1.0", initialized=False, role=Role.UNKNOWN, healthy=False, offset=None),
-        protected=lambda _peer: True,
+        wants_keys=lambda peer: peer in wanting,
         mark=None,
     )
     return keying, store
@@ -167,6 +174,39 @@ async def test_a_node_that_comes_back_is_keyed_anew(bundles: dict[str, Bundle]) 
             after = tables.pinned["redis-1", "redis-2"]
     assert after.number > before.number
     assert not after.spis & before.spis
+
+
+@pytest.mark.parametrize("asks", ["redis-1", "redis-2"])
+async def test_either_end_gets_new_keys_and_the_connection_is_never_down(bundles: dict[str, Bundle], asks: str) -> None:
+    tables = Tables()
+    wanting: set[str] = set()
+    stores = {}
+    nodes = []
+    for name in ("redis-1", "redis-2"):
+        keying, stores[name] = keying_of(bundles[name], tables, FAST_AES, wanting if name == asks else frozenset())
+        nodes.append(keying)
+    async with running(*nodes):
+        view = await stores["redis-1"].wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        since = view.channels["redis-2"].since
+        wanting |= {"redis-1", "redis-2"}
+        view = await stores["redis-1"].wait_for(lambda view: view.channels["redis-2"].keyings >= 3, 20)
+    assert view.channels["redis-2"].since == since
+    assert view.channels["redis-2"].failures == 0
+
+
+async def test_a_peer_that_falls_silent_while_new_keys_fail_is_seen_to_be_gone(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    wanting: set[str] = set()
+    one, store = keying_of(bundles["redis-1"], tables, FAST_AES, wanting)
+    two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
+    async with running(one):
+        async with running(two):
+            await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+            tables.full = True
+            wanting.add("redis-2")
+            view = await store.wait_for(lambda view: view.channels["redis-2"].failures > 0, 20)
+            assert view.channels["redis-2"].connected
+        await store.wait_for(lambda view: not view.channels["redis-2"].connected, 20)
 
 
 async def test_garbage_and_strangers_do_not_keep_a_peer_out(bundles: dict[str, Bundle]) -> None:

@@ -67,12 +67,13 @@ class FakeKernel:
         self._numbers = itertools.count(1)
         self._changed = changed
         self.changes: list[str] = []
+        self.carried: dict[tuple[IpAddress, int], int] = {}  # bytes under an SA, where a test says so
 
     async def policies(self) -> list[PolicyInfo]:
         return [PolicyInfo(policy, Lifetime(), 0, 0) for policy in self._policies.values()]
 
     async def sas(self) -> list[SaInfo]:
-        return [_info(sa) for sa in self._sas.values()]
+        return [_info(sa, self.carried.get(key, 0)) for key, sa in self._sas.items()]
 
     async def add_policy(self, policy: Policy) -> None:
         if identity(policy) in self._policies:
@@ -164,7 +165,7 @@ def _selects(selector: Selector, packet: Packet) -> bool:
     )
 
 
-def _info(sa: Sa) -> SaInfo:
+def _info(sa: Sa, carried: int) -> SaInfo:
     return SaInfo(
         source=sa.source,
         destination=sa.destination,
@@ -181,7 +182,7 @@ def _info(sa: Sa) -> SaInfo:
         esn=sa.esn,
         replay_window=sa.replay_window,
         lifetime=sa.lifetime,
-        bytes=0,
+        bytes=carried,
         packets=0,
         add_timestamp=0,
         use_timestamp=0,

@@ -12,7 +12,7 @@ import pytest
 from support.kernel import FakeKernel, Fate, Packet
 
 from srd.config import Config, parse_config
-from srd.ipsec.mesh import GRACE_SECONDS, Generation, KeyedLeg, Mesh
+from srd.ipsec.mesh import GRACE_SECONDS, LIFETIME, Generation, KeyedLeg, Mesh
 from srd.ipsec.policies import KEYING_MARK, owns_index
 from srd.ipsec.xfrm import Action, Aead, Direction, Policy, Sa, Selector
 from srd.model import Suite
@@ -297,6 +297,23 @@ async def test_giving_a_generation_up_touches_no_other_links_sa_of_the_same_spi(
     await world.mesh.install_inbound(hostile)
     await world.mesh.discard(hostile)
     assert {sa.spi for sa in await world.kernel.sas()} == kept.spis
+
+
+async def test_keys_that_have_carried_enough_are_worn_until_they_are_replaced(world: World) -> None:
+    await world.settle()
+    rng = random.Random(8)
+    first, second = generation(rng, "redis-2", 1), generation(rng, "redis-2", 2)
+    await world.key(first)
+    soft = LIFETIME.soft_bytes
+    assert soft is not None
+    leg = first.legs[1]
+    for destination, spi in ((leg.local, leg.spi_in), (leg.remote, leg.spi_out)):
+        for carried, worn in ((soft - 1, False), (soft, True)):
+            world.kernel.carried = {(destination, spi): carried}
+            await world.settle()
+            assert world.store.view().links["redis-2"].worn is worn
+    await world.key(second)
+    assert not world.store.view().links["redis-2"].worn
 
 
 @pytest.mark.parametrize("seed", range(12))
