@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import json
 from pathlib import Path
 
 import click
@@ -23,11 +24,12 @@ def init_command(cluster: str | None, nodes: tuple[str, ...], file: Path | None,
     """
     from srd.trust.bundle import write_bundles  # noqa: PLC0415 - cryptography takes 0.1 s to import, 1 s in a slow lab
 
-    if (file is None) == (cluster is None):
+    if (file is None) == (cluster is None) or (file is not None and nodes):
         msg = "give a cluster's name and its nodes, or --file"
         raise click.UsageError(msg)
     text = _cluster_toml(cluster, nodes) if cluster is not None else _read(file)
-    config = write_bundles(text, output, dt.datetime.now(dt.UTC))
+    origin = str(file) if file is not None else "the cluster.toml of these arguments"
+    config = write_bundles(text, output, dt.datetime.now(dt.UTC), origin=origin)
     click.echo(f"{output}/ca.key is the authority's key: keep it off the nodes, and safe.")
     for node in config.nodes:
         click.echo(f"{output}/{node.name}/ is the bundle of {node.name} ({node.address}): copy it there as /etc/srd")
@@ -35,14 +37,14 @@ def init_command(cluster: str | None, nodes: tuple[str, ...], file: Path | None,
 
 
 def _cluster_toml(cluster: str, nodes: tuple[str, ...]) -> str:
-    parts = [f'cluster = "{cluster}"\n']
+    # A JSON string is a TOML basic string: whatever was typed reaches the checks of config.py as it is.
+    parts = [f"cluster = {json.dumps(cluster)}\n"]
     for text in nodes:
         name, equals, addresses = text.partition("=")
-        if not equals or '"' in text:
+        if not equals:
             msg = f"--node {text}: it is not NAME=ADDRESS"
             raise click.UsageError(msg)
-        listed = ", ".join(f'"{address}"' for address in addresses.split(","))
-        parts.append(f'\n[[node]]\nname = "{name}"\naddresses = [{listed}]\n')
+        parts.append(f"\n[[node]]\nname = {json.dumps(name)}\naddresses = {json.dumps(addresses.split(','))}\n")
     if not nodes:
         msg = "no --node given"
         raise click.UsageError(msg)

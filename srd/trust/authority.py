@@ -45,7 +45,7 @@ def tls_name(cluster: str) -> str:
 def make_authority(cluster: str, now: datetime.datetime) -> Issued:
     """Make the authority of a cluster: it may issue end certificates only (path length 0)."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _name(cluster, "authority", f"{cluster} srd authority")
+    name = _name(cluster, "authority", "srd authority")
     builder = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -146,6 +146,7 @@ def _issue(
 
 
 def _name(cluster: str, unit: str, common: str) -> x509.Name:
+    # Each attribute holds at most 64 characters (RFC 5280 appendix A.1), and a cluster's name may have 63.
     return x509.Name([
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, cluster),
         x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, unit),

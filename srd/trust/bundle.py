@@ -25,6 +25,7 @@ from typing import Final
 
 import msgspec
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from srd.config import Config, Node, load_config, parse_config
@@ -33,6 +34,7 @@ from srd.trust.authority import Issued, identify, issue_node, issue_tls, issued_
 
 PRIVATE: Final = 0o600
 PUBLIC: Final = 0o644
+CLIENT_DIRECTORY: Final = "client"
 # 32 random bytes: more than AES-256 asks of a key, and short enough for redis' and stunnel's configuration lines.
 _PASSWORD_BYTES: Final = 32
 
@@ -55,12 +57,16 @@ class _SecretsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     srd_password: str
 
 
-def write_bundles(text: str, output: Path, now: datetime.datetime) -> Config:
+def write_bundles(text: str, output: Path, now: datetime.datetime, *, origin: str = "cluster.toml") -> Config:
     """Make an authority and a bundle for every node of a cluster.toml's text, in a directory that must not exist.
 
-    Nothing is left behind when it fails: the directory appears whole, by one rename.
+    `origin` is how errors name the text. Nothing is left behind when it fails: the directory appears whole, by one
+    rename.
     """
-    config = parse_config(text, str(output / "cluster.toml"))
+    config = parse_config(text, origin)
+    if any(node.name == CLIENT_DIRECTORY for node in config.nodes):
+        reason = f"no node may be called {CLIENT_DIRECTORY!r}: the bundle for clients bears that name"
+        raise ConfigError("use", origin, reason, "choose another name")
     if output.exists():
         raise ConfigError("write the bundles to", str(output), "it exists already", "name a new directory")
     try:
@@ -98,7 +104,7 @@ def _write_all(config: Config, text: str, directory: Path, now: datetime.datetim
             ("tls", issue_tls(authority, identity, now)),
         ):
             _write_issued(bundle, name, issued)
-    client = directory / "client"
+    client = directory / CLIENT_DIRECTORY
     client.mkdir(mode=0o700)
     _write(client / "ca.crt", authority.certificate, PUBLIC)
     _write(client / "redis_password", passwords["redis_password"] + "\n", PRIVATE)
@@ -188,13 +194,15 @@ def _pair(
     key_path = directory / f"{name}.key"
     pem = _private(key_path)
     try:
+        secret = Secret(pem.decode("ascii"))
         key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError) as error:
-        raise ConfigError("read", str(key_path), "it is not an unencrypted PEM private key") from error
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        # Not chained: a UnicodeDecodeError quotes what it could not decode.
+        raise ConfigError("read", str(key_path), "it is not an unencrypted PEM private key") from None
     encoding = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     if key.public_key().public_bytes(*encoding) != certificate.public_key().public_bytes(*encoding):
         raise ConfigError("use", str(key_path), f"it is not the key of {name}.crt", "take all files of one bundle")
-    return certificate, Secret(pem.decode("ascii"))
+    return certificate, secret
 
 
 def _certificate(path: Path) -> x509.Certificate:

@@ -81,6 +81,41 @@ def test_a_wrong_file_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_longest_name_of_a_cluster_that_cluster_toml_takes_makes_bundles_too(tmp_path: Path) -> None:
+    name = "c" * 63
+    assert make_bundles(tmp_path, cluster_toml(name=name), NOW)["redis-1"].credentials.identity.cluster == name
+
+
+def test_a_node_may_not_take_the_name_of_the_clients_bundle(tmp_path: Path) -> None:
+    text = cluster_toml().replace('"redis-2"', '"client"')
+    with pytest.raises(ConfigError, match=r"my\.toml.*no node may be called 'client'"):
+        write_bundles(text, tmp_path / "bundles", NOW, origin="my.toml")
+    assert list(tmp_path.iterdir()) == []
+
+
+KEY_OF_AN_UNKNOWN_KIND = """-----BEGIN PRIVATE KEY-----
+MCoCAQAwCQYHKqoDBAUGBwQaBBgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=
+-----END PRIVATE KEY-----
+"""
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", KEY_OF_AN_UNKNOWN_KIND.encode()])
+def test_what_is_not_a_key_is_refused_in_one_sentence(root: Path, content: bytes) -> None:
+    refused_key(root, content)
+
+
+def test_a_key_with_a_comment_that_is_not_ascii_is_refused_without_quoting_it(root: Path) -> None:
+    key = (root / "bundles" / "redis-1" / "node.key").read_bytes()
+    refused_key(root, "schl\u00fcssel\n".encode() + key)
+
+
+def refused_key(root: Path, content: bytes) -> None:
+    (root / "bundles" / "redis-1" / "node.key").write_bytes(content)
+    with pytest.raises(ConfigError, match="not an unencrypted PEM private key") as caught:
+        load_bundle(paths_of(root, "redis-1"), NOW)
+    assert caught.value.__cause__ is None
+
+
 def test_a_certificate_ends_when_it_says(root: Path) -> None:
     paths, end = paths_of(root, "redis-1"), dt.timedelta(days=CERTIFICATE_DAYS)
     load_bundle(paths, NOW + end - dt.timedelta(seconds=1))

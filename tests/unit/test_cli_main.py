@@ -277,3 +277,26 @@ def test_durations(seconds: float | None, text: str) -> None:
 )
 def test_sizes(count: int | None, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("--file", "my.toml", "--node", "a=192.0.2.1"), 2, "or --file"),
+        (("orders",), 2, "no --node given"),
+        (("orders", "--node", "192.0.2.1"), 2, "it is not NAME=ADDRESS"),
+        (('or"ders', "--node", "a=192.0.2.1"), 78, "of these arguments:1: cluster: 'or\"ders' is not a name"),
+        (("orders", "--node", "a=192.0.2.1,here"), 78, "'here' is not an IP address"),
+        (("orders", "--node", "a=192.0.2.1", "--node", "a=192.0.2.2"), 78, "a is node 'a' already"),
+        (("orders", "--node", "client=192.0.2.1"), 78, "no node may be called 'client'"),
+    ],
+)
+async def test_init_refuses_what_it_cannot_use_and_makes_nothing(
+    tmp_path: Path, arguments: tuple[str, ...], status: int, words: str
+) -> None:
+    output = tmp_path / "bundles"
+    returned, out, err = await srd(tmp_path, "init", *arguments, "-o", str(output))
+    assert (returned, out) == (status, "")
+    assert words in err
+    assert "Traceback" not in err
+    assert not output.exists()
