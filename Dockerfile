@@ -1,4 +1,7 @@
-# docker build -t srd . && docker run --network host --cap-add NET_ADMIN -v /etc/srd:/etc/srd:ro -v srd:/var/lib/srd srd
+# docker build -t srd .
+# docker run --network host --cap-add NET_ADMIN --stop-timeout 45 -v /etc/srd:/etc/srd:ro -v srd:/var/lib/srd srd
+#
+# --stop-timeout: docker's 10 s would kill redis while it saves; redis.stop_grace and 30 s more are enough.
 FROM debian:12-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends python3-venv && rm -rf /var/lib/apt/lists/*
 COPY requirements.txt /src/

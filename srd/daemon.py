@@ -32,10 +32,9 @@ from srd.ipsec.policies import KEYING_MARK
 from srd.model import IpsecMode, Paths, Role, Service
 from srd.preflight import Cleared, clear
 from srd.reconcile import Loop, boottime, until_first
-from srd.state import Child, Severity, Situation, Store, conditions
+from srd.state import Severity, Situation, Store, conditions
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
 from srd.supervise.probe import probe_tls
-from srd.supervise.process import NOT_STARTED
 from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
 from srd.systemd import Notifier
@@ -76,7 +75,6 @@ class Daemon:
         self._notifier = notifier
         self._stop = asyncio.Event()
         self._death: restart.Death | None = None
-        self._redis_exits = 0
         self._store = Store(boottime())
         self._store.writer("certificates")(bundle.not_after)
         self._observer = Observer(self._config, self._node, bundle.secrets, self._store, wake=(self._wake_services,))
@@ -90,13 +88,13 @@ class Daemon:
             probes=self._probes(),
             situation=self.situation,
             joined=lambda: restart.has_joined(self._node, self._store.view()),
+            died=self._note_death,
             wake=self._wake_services,
         )
         self._services_loop = Loop(
             "services", self._services.reconcile, resync=SERVICES_RESYNC_SECONDS, timeout=PASS_SECONDS
         )
         self._mesh_loop: Loop | None = None
-        self._store.on_change(self._note_death)
 
     def situation(self) -> Situation:
         """Return the one snapshot that every judgement and every answer is made from."""
@@ -189,13 +187,10 @@ class Daemon:
     def _start_of_redis(self) -> Start:
         return restart.start(self.situation(), self._death, holds_data=_holds_data(self._paths))
 
-    def _note_death(self) -> None:
+    def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""
-        child = self._store.view().children.get(Service.REDIS)
-        exits = _exits(child)
-        if exits > self._redis_exits:
+        if service is Service.REDIS:
             self._death = self._observer.death()
-        self._redis_exits = exits
 
     def _wake_services(self) -> None:
         self._services_loop.wake()
@@ -218,7 +213,9 @@ class Daemon:
     async def _until_stopped(self) -> None:
         await self._stop.wait()
         log.info("stopping")
-        self._notifier.send("STOPPING=1", "STATUS=stopping stunnel, sentinel and redis")
+        # TimeoutStopSec is for the default graces; redis.stop_grace may be longer.
+        extended = f"EXTEND_TIMEOUT_USEC={self._services.longest_stop * 1e6:.0f}"
+        self._notifier.send("STOPPING=1", extended, "STATUS=stopping stunnel, sentinel and redis")
         await self._services.stop_all()
         log.info("stopped")
 
@@ -237,10 +234,6 @@ class Daemon:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
-
-
-def _exits(child: Child | None) -> int:
-    return sum(count for how, count in child.exits.items() if how != NOT_STARTED) if child is not None else 0
 
 
 def _holds_data(paths: Paths) -> bool:

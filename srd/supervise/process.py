@@ -26,9 +26,6 @@ from srd.supervise.machine import RUNNING, Action, Event, failures_after, restar
 
 log = structlog.get_logger(__name__)
 
-# Among the ends that are counted, the one of a child that never was.
-NOT_STARTED: Final = "not started"
-
 _PROBE_PAUSE_FIRST: Final = 0.01
 _PROBE_PAUSE_GROWTH: Final = 1.5
 _PROBE_PAUSE_CAP: Final = 0.5
@@ -57,7 +54,11 @@ class Running:
 
 
 class Process:
-    """One child of srd. `probe` raises `SrdError` while the child does not do its job."""
+    """One child of srd.
+
+    `probe` raises `SrdError` while the child does not do its job. `changed` is called after each change of the
+    snapshot; `died` at each end of the program, an unseen one included, before anything follows from it.
+    """
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class Process:
         *,
         probe: Callable[[], Awaitable[None]],
         changed: Callable[[], None],
+        died: Callable[[], None],
         timing: Timing,
     ) -> None:
         self.service = service
@@ -72,6 +74,7 @@ class Process:
         self._launch: Callable[[int], Running] | None = None
         self._probe = probe
         self._changed = changed
+        self._died = died
         self._timing = timing
         self._state = ChildState.STOPPED
         self._running: Running | None = None
@@ -274,7 +277,7 @@ class Process:
             log.info("child started", service=self.service, pid=running.pid)
             self._changed()
         else:
-            self._note_end(f"not started: {error}", NOT_STARTED)
+            self._note_end(f"not started: {error}", "not started")
             self._apply(Event.REFUSED)
             if not isinstance(error, SrdError):
                 raise error  # a defect: the loop's exception handler shows it
@@ -300,11 +303,13 @@ class Process:
         self._complaint = None
         self._alive.clear()
         self._ended.set()
+        self._died()
         self._apply(Event.EXITED)
 
     def note_unseen_end(self) -> None:
         """Count an end that happened while no srd was there to see it."""
         self._note_end("it ended while no srd was there", "unseen")
+        self._died()
 
     def _note_end(self, how: str, kind: str, *, expected: bool = False) -> None:
         self._last_exit = how

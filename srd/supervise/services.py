@@ -46,6 +46,7 @@ class Services:
         probes: Mapping[Service, Callable[[], Awaitable[None]]],
         situation: Callable[[], Situation],
         joined: Callable[[], bool],
+        died: Callable[[Service], None],
         wake: Callable[[], None],
         timing: Timing | None = None,
     ) -> None:
@@ -60,9 +61,10 @@ class Services:
         self._write_initialized = store.writer("initialized")
         self._register = Register(paths.run_dir / REGISTER_NAME)
         self._launcher = Launcher(config=config, node=node, paths=paths, secrets=secrets, register=self._register)
+        self._timing = timing if timing is not None else Timing()
         self._processes = {
             service: Process(
-                service, probe=probes[service], changed=self._changed, timing=timing if timing is not None else Timing()
+                service, probe=probes[service], changed=self._changed, died=partial(died, service), timing=self._timing
             )
             for service in services_of(node)
         }
@@ -135,6 +137,11 @@ class Services:
         if service is Service.REDIS:
             return self._config.redis.stop_grace
         return SENTINEL_GRACE_SECONDS if service is Service.SENTINEL else STUNNEL_GRACE_SECONDS
+
+    @property
+    def longest_stop(self) -> float:
+        """How many seconds `stop_all` may take, if every child must be killed."""
+        return sum(self.grace(service) + self._timing.kill_timeout for service in self._processes)
 
     def _changed(self) -> None:
         self._publish()

@@ -96,6 +96,8 @@ async def test_a_child_that_died_while_nobody_supervised_is_started_anew() -> No
             assert pids[Service.REDIS] != left[Service.REDIS]
             assert [pids[other] == left[other] for other in (Service.SENTINEL, Service.STUNNEL)] == [True, True]
             assert node.store.view().children[Service.REDIS].exits == {"unseen": 1}
+            assert member.deaths == [Service.REDIS]
+        assert member.deaths == [Service.REDIS, *reversed(Service)], "a stop ends each, last started first"
 
 
 async def test_a_frozen_adopted_child_is_killed_after_its_grace() -> None:

@@ -66,7 +66,14 @@ class Observed:
         self.health = Health()
         self.history: list[Child] = []
         self._changed = asyncio.Event()
-        self.process = Process(Service.REDIS, probe=self.health, changed=self._note, timing=timing)
+        self.deaths = 0
+        self.process = Process(
+            Service.REDIS, probe=self.health, changed=self._note, died=self._note_death, timing=timing
+        )
+
+    def _note_death(self) -> None:
+        assert self.process.snapshot().state is not ChildState.BACKOFF, "somebody heard of the end before this"
+        self.deaths += 1
 
     def _note(self) -> None:
         self.history.append(self.process.snapshot())
@@ -175,6 +182,7 @@ async def test_a_child_that_dies_may_start_at_once_and_then_has_to_wait(world: W
         assert it.process.snapshot().restarts == 1
         await it.start()
         assert it.process.snapshot().restarts == 2
+        assert it.deaths == 2
 
 
 async def test_a_child_that_cannot_start_is_no_exception_but_a_pause(world: World) -> None:
@@ -189,6 +197,7 @@ async def test_a_child_that_cannot_start_is_no_exception_but_a_pause(world: Worl
         assert child.state is ChildState.BACKOFF
         assert child.last_exit == "not started: cannot start it: there is no disk"
         assert dict(child.exits) == {"not started": 2}
+        assert it.deaths == 0, "what never ran cannot die"
 
 
 async def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(world: World) -> None:

@@ -12,7 +12,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Member:
     paths: Paths
     secrets: Secrets
     start: Start
+    deaths: list[Service] = field(default_factory=list)
 
     def client(self, service: Service = Service.REDIS, user: str | None = "srd", password: str | None = None) -> Client:
         port = self.config.redis.port if service is Service.REDIS else self.config.sentinel.port
@@ -98,6 +99,7 @@ class Member:
             probes={service: self.probe(service) for service in Service},
             situation=lambda: Situation(self.config, self.node, store.view(), boottime()),
             joined=lambda: has_joined(self.node, store.view()),
+            died=self.deaths.append,
             wake=wake,
             timing=timing,
         )
