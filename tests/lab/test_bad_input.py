@@ -158,15 +158,19 @@ def test_a_missing_program(bundle: Path) -> None:
 
 
 @pytest.mark.before_the_cluster
-def test_a_port_that_another_program_holds(bundle: Path) -> None:
-    code = "import socket, sys; s = socket.create_server(('192.168.205.10', 6379)); print(flush=True); sys.stdin.read()"
+@pytest.mark.parametrize(
+    ("address", "port"),
+    [("192.168.205.10", 6379), ("192.168.205.10", 849), ("192.168.205.10", 8080), ("127.0.0.1", 8080)],
+)
+def test_a_port_that_another_program_holds(bundle: Path, address: str, port: int) -> None:
+    code = f"import socket, sys; s = socket.create_server(('{address}', {port})); print(flush=True); sys.stdin.read()"
     squatter = subprocess.Popen(
         ["on", STATION, "python3", "-I", "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert squatter.stdout is not None
     squatter.stdout.readline()
     try:
-        refused(bundle, 78, "192.168.205.10:6379", "srd did not start it")
+        refused(bundle, 78, f"{address}:{port}", "srd did not start it")
     finally:
         squatter.communicate(b"")
 
