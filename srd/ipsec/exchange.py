@@ -31,7 +31,7 @@ from msgspec import Meta
 from srd.config import Config, Node
 from srd.desired import leg_addresses
 from srd.ipsec.channel import Channel, KeyingError, Message
-from srd.ipsec.mesh import Generation, KeyedLeg
+from srd.ipsec.sas import Generation, KeyedLeg
 from srd.ipsec.suites import KEY_BYTES, SALT_BYTES, choose
 from srd.model import IpAddress, IpsecMode, SrdError, Suite
 

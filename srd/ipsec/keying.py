@@ -24,7 +24,7 @@ from srd.desired import leg_addresses
 from srd.ipsec.channel import Channel as TlsChannel
 from srd.ipsec.channel import KeyingError, Message, tls_context
 from srd.ipsec.exchange import STEP_SECONDS, Exchange, Installer
-from srd.ipsec.mesh import Generation
+from srd.ipsec.sas import Generation
 from srd.model import (
     Credentials,
     Endpoint,

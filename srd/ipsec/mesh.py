@@ -15,8 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
-from ipaddress import ip_network
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +36,7 @@ from srd.ipsec.policies import (
     policy_key,
     reqid_of,
 )
+from srd.ipsec.sas import Generation, inbound_sa, is_worn, outbound_sa
 from srd.model import IpAddress, Suite
 from srd.reconcile import boottime, diff
 from srd.state import Kernel, Link, LinkLeg, Store
@@ -45,45 +45,7 @@ log = structlog.get_logger(__name__)
 
 # How long the old inbound SA goes on receiving what was in flight (strongSwan's delete_rekeyed_delay).
 GRACE_SECONDS: Final = 5.0
-# Soft limits ask for new keys; the hard ones are the kernel's own, for when srd is gone for good. Amount: AES-GCM keeps
-# a margin of 2^-60 up to about 390 GB under one key. Time: NIST SP 800-77r1's 8 hours.
-LIFETIME: Final = xfrm.Lifetime(
-    soft_bytes=256 << 30,
-    hard_bytes=320 << 30,
-    soft_packets=1 << 31,
-    hard_packets=(1 << 32) - (1 << 20),
-    hard_seconds=8 * 3600,
-)
-
 XFRM_STAT: Final = Path("/proc/net/xfrm_stat")
-
-
-@dataclass(frozen=True, slots=True)
-class KeyedLeg:
-    """One address pair with the keys of both directions: 32 bytes and the 4 of the salt. Never shows them."""
-
-    local: IpAddress
-    remote: IpAddress
-    spi_in: int
-    spi_out: int
-    key_in: bytes = field(repr=False)
-    key_out: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """The keys of one TLS connection: one pair of SAs for each address pair of a link."""
-
-    peer: str
-    number: int
-    suite: Suite
-    suite_reason: str
-    legs: tuple[KeyedLeg, ...]
-
-    @property
-    def spis(self) -> frozenset[int]:
-        """Every SPI of this generation, both directions."""
-        return frozenset(spi for leg in self.legs for spi in (leg.spi_in, leg.spi_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +98,13 @@ class Mesh:
             self._retire_at.pop(generation.peer, None)
             self._unconfirmed.setdefault(generation.peer, set()).update(generation.spis)
             for leg in generation.legs:
-                await self._socket.add_sa(_inbound(generation, leg))
+                await self._socket.add_sa(inbound_sa(generation, leg))
 
     async def install_outbound(self, generation: Generation) -> None:
         """Give the kernel the keys to send with; no policy is pinned to them yet."""
         async with self._lock:
             for leg in generation.legs:
-                await self._socket.add_sa(_outbound(generation, leg))
+                await self._socket.add_sa(outbound_sa(generation, leg))
 
     async def pin(self, generation: Generation) -> None:
         """Send under the new keys from now on. The peer must be able to receive them."""
@@ -352,7 +314,7 @@ class Mesh:
             packets_out=outbound.packets if outbound is not None else 0,
             replay_drops=inbound.replay_drops + inbound.replay_window_drops if inbound is not None else 0,
             integrity_failures=inbound.integrity_failures if inbound is not None else 0,
-            worn=any(_worn(sa) for sa in used),
+            worn=any(is_worn(sa) for sa in used),
         )
 
 
@@ -391,40 +353,6 @@ def read_xfrm_errors() -> dict[str, int]:
         return {}
     pairs = (line.split() for line in text.splitlines())
     return {name: int(value) for name, value in pairs if value != "0"}
-
-
-def _inbound(generation: Generation, leg: KeyedLeg) -> xfrm.Sa:
-    return xfrm.Sa(
-        source=leg.remote,
-        destination=leg.local,
-        spi=leg.spi_in,
-        reqid=reqid_of(generation.peer),
-        aead=xfrm.Aead(generation.suite, leg.key_in),
-        direction=xfrm.Direction.IN,
-        # The kernel looks an inbound SA up by destination and SPI alone: the selector is what keeps one peer from
-        # sending under its own keys with another's source address.
-        selector=xfrm.Selector(ip_network(leg.remote), ip_network(leg.local)),
-        lifetime=LIFETIME,
-    )
-
-
-def _outbound(generation: Generation, leg: KeyedLeg) -> xfrm.Sa:
-    return xfrm.Sa(
-        source=leg.local,
-        destination=leg.remote,
-        spi=leg.spi_out,
-        reqid=reqid_of(generation.peer),
-        aead=xfrm.Aead(generation.suite, leg.key_out),
-        direction=xfrm.Direction.OUT,
-        selector=xfrm.Selector(ip_network(leg.local), ip_network(leg.remote)),
-        lifetime=LIFETIME,
-    )
-
-
-def _worn(sa: xfrm.SaInfo) -> bool:
-    """Whether a soft limit of the SA's own is reached; the kernel says so in one event only, which may be lost."""
-    limits = ((sa.bytes, sa.lifetime.soft_bytes), (sa.packets, sa.lifetime.soft_packets))
-    return any(soft is not None and carried >= soft for carried, soft in limits)
 
 
 def _suite_of(legs: tuple[LinkLeg, ...], sas: Mapping[tuple[IpAddress, int], xfrm.SaInfo]) -> Suite | None:

@@ -17,7 +17,7 @@ from support.clusters import cluster_toml, make_bundles
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.ipsec.exchange import STEP_SECONDS
 from srd.ipsec.keying import MAX_STRANGERS, Keying, Report
-from srd.ipsec.mesh import Generation
+from srd.ipsec.sas import Generation
 from srd.model import IpsecMode, Role, SrdError, Suite
 from srd.reconcile import boottime
 from srd.state import Store

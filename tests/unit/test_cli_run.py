@@ -31,7 +31,7 @@ def restored() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_traceback_shows_where_and_no_local_variables(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+def test_a_traceback_shows_where_and_no_local_variables(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> None:
     screen = Screen(terminal=terminal)
     monkeypatch.setattr(sys, "stderr", screen)
     configure_logging()

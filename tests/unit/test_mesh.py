@@ -12,8 +12,9 @@ import pytest
 from support.kernel import FakeKernel, Fate, Packet
 
 from srd.config import Config, parse_config
-from srd.ipsec.mesh import GRACE_SECONDS, LIFETIME, Generation, KeyedLeg, Mesh
+from srd.ipsec.mesh import GRACE_SECONDS, Mesh
 from srd.ipsec.policies import KEYING_MARK, owns_index
+from srd.ipsec.sas import LIFETIME, Generation, KeyedLeg
 from srd.ipsec.xfrm import Action, Aead, Direction, Policy, Sa, Selector
 from srd.model import Suite
 from srd.state import Store
