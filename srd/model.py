@@ -17,6 +17,7 @@ IpAddress = IPv4Address | IPv6Address
 
 # sysexits.h: what a service manager and a script can act on without reading the sentence.
 EXIT_FAILURE: Final = 1
+EXIT_REFUSED: Final = 40  # not of sysexits.h: srd could, and will not
 EXIT_NO_PERMISSION: Final = 77
 EXIT_CONFIG: Final = 78
 
@@ -53,6 +54,12 @@ class PermissionRefusedError(SrdError):
     """The process lacks a right that the operation needs."""
 
     exit_status = EXIT_NO_PERMISSION
+
+
+class RefusedError(SrdError):
+    """What was asked for is possible and would do harm now."""
+
+    exit_status = EXIT_REFUSED
 
 
 class Secret:

@@ -14,6 +14,7 @@ from typing import Final
 from srd.config import KEYING_PORT, Config
 from srd.ipsec import xfrm
 from srd.ipsec.suites import grades, read_proc_crypto
+from srd.ipsec.teardown import owned
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
 from srd.supervise.programs import LOCALHOST, check_endpoint, check_ports, check_programs
 from srd.trust.bundle import Bundle, load_bundle
@@ -101,6 +102,7 @@ def _effective_capabilities() -> int:
 async def _suite_grades(config: Config) -> Mapping[Suite, int]:
     proc_crypto = await asyncio.to_thread(read_proc_crypto)
     if config.ipsec.mode is IpsecMode.OFF:
+        await _check_leftovers()
         return grades(Suite, proc_crypto)  # nodes agree on keys all the same; no kernel gets them
     async with xfrm.XfrmSocket() as kernel:
         names = await xfrm.probe_esp(kernel, [suite.value for suite in Suite])
@@ -114,3 +116,19 @@ async def _suite_grades(config: Config) -> Mapping[Suite, int]:
             'ipsec.mode = "off" goes without, in plaintext',
         )
     return grades(installable, proc_crypto)
+
+
+async def _check_leftovers() -> None:
+    """Refuse to go without IPsec over the policies of a srd that had it: half of the traffic would be dropped."""
+    try:
+        async with xfrm.XfrmSocket() as kernel:
+            left = await owned(kernel)
+    except (xfrm.NotSupportedError, xfrm.NotPermittedError):
+        return  # a kernel without XFRM has none, and without CAP_NET_ADMIN nobody can tell
+    if left.policies:
+        raise ConfigError(
+            "go without IPsec",
+            "",
+            f'{len(left.policies)} policies of a srd with ipsec.mode = "esp" are in the kernel',
+            "srd teardown removes them",
+        )

@@ -29,6 +29,7 @@ VERBS: Final[dict[str, Verb]] = {
     "children": Verb("srd.cli.show:children_command", "Show redis, sentinel and stunnel as this node runs them."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),
+    "teardown": Verb("srd.cli.teardown:teardown_command", "Remove this node's IPsec protection from the kernel."),
     "haproxy-config": Verb("srd.cli.balancer:haproxy_config_command", "Print a complete haproxy.cfg for the cluster."),
     "client-config": Verb("srd.cli.balancer:client_config_command", "Print a client's stunnel.conf."),
     "completion": Verb("srd.cli.about:completion_command", "Print the completion script of a shell."),

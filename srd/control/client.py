@@ -46,6 +46,24 @@ def get(control_socket: Path, path: str, *, timeout: float = DEFAULT_TIMEOUT_SEC
     return document
 
 
+def is_answered(control_socket: Path) -> bool:
+    """Return whether a daemon holds the socket; `SrdError` when that cannot be found out."""
+    where = str(control_socket)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(where)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except TimeoutError:
+            return True  # its backlog is full: somebody holds it
+        except PermissionError as error:
+            raise PermissionRefusedError(_OPERATION, where, "permission denied", "run this as root") from error
+        except OSError as error:
+            raise SrdError(_OPERATION, where, (error.strerror or str(error)).lower()) from error
+    return True
+
+
 def _exchange(where: str, request: bytes, timeout: float) -> bytes:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)

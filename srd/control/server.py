@@ -15,6 +15,7 @@ from typing import Final
 from aiohttp import web
 
 from srd.control import documents
+from srd.control.client import is_answered
 from srd.model import PermissionRefusedError, SrdError
 from srd.state import Situation
 
@@ -107,13 +108,6 @@ def _make_way(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise SrdError(_OPERATION, str(path), "it is there and is not a socket", "remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except TimeoutError:
-            pass  # its backlog is full: somebody holds it
-    raise SrdError(_OPERATION, str(path), "another srd answers there", "one daemon per node; stop that one first")
+    if is_answered(path):
+        raise SrdError(_OPERATION, str(path), "another srd answers there", "one daemon per node; stop that one first")
+    path.unlink()

@@ -93,9 +93,25 @@ def listen_endpoints(config: Config, node: Node, service: Service) -> tuple[Endp
     return tuple(Endpoint(address, port) for address in (*node.addresses, *((LOCALHOST,) if local else ())))
 
 
+def running_children(paths: Paths) -> frozenset[Service]:
+    """Return the services of this node that run as children of a srd, be it there or gone."""
+    alive = set()
+    try:
+        records = Register(paths.run_dir / REGISTER_NAME).load()
+    except SrdError:
+        return frozenset()  # nothing is known to be ours then, and the ports tell the rest
+    for service, record in records.items():
+        found = look_up(record)
+        if found.pidfd is not None:
+            os.close(found.pidfd)
+        if found.verdict is Verdict.ALIVE:
+            alive.add(service)
+    return frozenset(alive)
+
+
 def check_ports(config: Config, node: Node, paths: Paths) -> list[SrdError]:
     """Return the ports of this node's services that cannot be had; those that srd's own children hold do not count."""
-    own = _own_children(paths)
+    own = running_children(paths)
     found = [
         check_endpoint(endpoint)
         for service in services_of(node)
@@ -129,22 +145,6 @@ def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
     if error.errno == errno.EACCES:
         return PermissionRefusedError("listen on", str(endpoint), "the port is privileged", "start srd as root")
     return SrdError("listen on", str(endpoint), error.strerror or str(error))
-
-
-def _own_children(paths: Paths) -> frozenset[Service]:
-    """Return the services that run already as children of a srd."""
-    alive = set()
-    try:
-        records = Register(paths.run_dir / REGISTER_NAME).load()
-    except SrdError:
-        return frozenset()  # nothing is known to be ours then, and the ports tell the rest
-    for service, record in records.items():
-        found = look_up(record)
-        if found.pidfd is not None:
-            os.close(found.pidfd)
-        if found.verdict is Verdict.ALIVE:
-            alive.add(service)
-    return frozenset(alive)
 
 
 def _listener(port: int) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -193,6 +194,38 @@ def test_a_stop_ends_the_children_in_order_and_leaves_the_node_closed(lab: Lab) 
     assert spis(lab, node), "the keys stay, so what still passes is inside ESP"
     assert not reaches(lab, "client", node, 6379)
     assert not reaches(lab, peer, node, 6379)
+    lab.start_srd(node)
+    lab.wait_whole()
+
+
+def test_only_a_teardown_removes_protection_and_not_while_anything_runs(lab: Lab, tmp_path: Path) -> None:
+    lab.wait_whole()
+    node = next(node for node in lab.nodes if node != lab.primary())
+    policies = xfrm(lab, node, "policy")
+    without = shutil.copytree(f"/var/lab/{node}/etc/srd", tmp_path / "without")
+    with (without / "cluster.toml").open("a") as file:
+        file.write('[ipsec]\nmode = "off"\n')
+
+    def refused(why: str) -> None:
+        done = lab.on(node, "srd", "teardown", "--yes", check=False)
+        assert (done.returncode, done.stdout) == (40, ""), done
+        assert why in done.stderr
+        assert xfrm(lab, node, "policy") == policies
+
+    refused("srd is running")
+    os.kill(lab.srd_pid(node), signal.SIGKILL)
+    lab.wait(lambda: not Path(f"/proc/{lab.srd_pid(node)}").exists(), "srd has ended")
+    refused("redis, sentinel, stunnel run on without srd")
+    lab.start_srd(node)
+    lab.wait_whole()
+    os.kill(lab.srd_pid(node), signal.SIGTERM)
+    lab.wait(lambda: not Path(f"/proc/{lab.srd_pid(node)}").exists(), "srd has ended")
+    done = lab.on(node, "srd", "--config-dir", str(without), "check", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (78, 1), done
+    assert "srd teardown removes them" in done.stderr
+    assert lab.on(node, "srd", "teardown", "--yes").stdout.startswith("removed ")
+    assert xfrm(lab, node, "policy") + xfrm(lab, node, "state") == ""
+    assert lab.on(node, "srd", "--config-dir", str(without), "check").stdout == "this node can run\n"
     lab.start_srd(node)
     lab.wait_whole()
 

@@ -15,6 +15,7 @@ from srd.config import Config, parse_config
 from srd.ipsec.mesh import GRACE_SECONDS, Mesh
 from srd.ipsec.policies import KEYING_MARK, owns_index
 from srd.ipsec.sas import LIFETIME, Generation, KeyedLeg
+from srd.ipsec.teardown import teardown
 from srd.ipsec.xfrm import Action, Aead, Direction, Policy, Sa, Selector
 from srd.model import Suite
 from srd.state import Store
@@ -273,6 +274,22 @@ async def test_a_foreign_policy_in_the_place_of_srds_is_a_conflict_whatever_its_
     assert str(selector) in view.kernel.foreign_overrides[0]
     assert not view.links["redis-2"].protected
     assert view.links["redis-3"].protected
+
+
+async def test_teardown_removes_what_is_srds_and_nothing_else_and_redis_ports_are_closed_to_the_last(
+    world: World,
+) -> None:
+    await world.kernel.add_policy(STRANGER)
+    await world.kernel.add_sa(STRANGERS_SA)
+    await world.settle()
+    await world.key_all()
+    world.closed = False
+    removed = await teardown(world.kernel)
+    assert (len(removed.sas), len(removed.policies)) == (8, len(world.mesh._rules))
+    assert [info.policy for info in await world.kernel.policies()] == [STRANGER]
+    assert [sa.spi for sa in await world.kernel.sas()] == [STRANGERS_SA.spi]
+    last = [change for change in world.kernel.changes if change.startswith("delete")][-1]
+    assert "6379" in last
 
 
 async def test_a_pass_for_another_peer_leaves_half_a_first_generation_alone(world: World) -> None:
