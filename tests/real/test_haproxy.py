@@ -146,8 +146,6 @@ def haproxy_cfg(world: World) -> Path:
         *("--listen", address(20), "--port", str(world.port), "--read-only-port", str(world.read_only_port)),
         *("--stats-socket", str(world.directory / "admin.sock")),
     )
-    if os.getuid() != 0:
-        text = text.replace("    user haproxy\n    group haproxy\n", "")
     path = world.directory / "haproxy.cfg"
     path.write_text(text)
     return path

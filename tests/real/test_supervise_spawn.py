@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from srd.model import SrdError
+from srd.model import ConfigError, SrdError
 from srd.supervise.adopt import start_time_of
-from srd.supervise.files import Owner, find_owner
+from srd.supervise.files import Owner, find_owner, make_service_directory
 from srd.supervise.spawn import Command, Started, spawn
 
 SLEEP = ("a-name-of-its-own", "60")
@@ -61,20 +61,24 @@ def status_of(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
-OWNERS = ["root", "redis"] if os.geteuid() == 0 else ["me"]
-
-
-@pytest.mark.parametrize("name", OWNERS)
+@pytest.mark.parametrize("name", ["root", "redis"])
 def test_a_child_has_no_capability_and_no_way_to_one(tmp_path: Path, name: str) -> None:
-    owner = me() if name == "me" else find_owner(name, "redis.user")
+    owner = find_owner(name, "redis.user")
     with started(sleeper(tmp_path, owner)) as child:
         status = status_of(child.pid)
-        assert {status[key] for key in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
-        assert os.geteuid() != 0 or status["CapBnd"] == "0" * 16
+        assert {status[key] for key in ("CapInh", "CapPrm", "CapEff", "CapAmb", "CapBnd")} == {"0" * 16}
         assert status["NoNewPrivs"] == "1"
         assert status["Uid"].split() == [str(owner.uid)] * 4
         assert status["Gid"].split() == [str(owner.gid)] * 4
         assert not owner.switch or status["Groups"] == ""
+
+
+def test_a_directory_that_its_user_cannot_reach_is_an_error_that_names_the_parent(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    stranger = Owner("stranger", 54321, 54321, switch=True)
+    with pytest.raises(ConfigError, match=f"may not pass {closed}"):
+        make_service_directory(closed / "state" / "redis", stranger)
 
 
 def test_srd_itself_keeps_its_rights(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""The XFRM sockets against the running kernel, each test in a network namespace of its own; ESP is not needed.
-
-Root, or an ordinary user where user namespaces are allowed.
-"""
+"""The XFRM sockets against the running kernel, each test in a network namespace of its own; ESP is not needed."""
 
 from __future__ import annotations
 

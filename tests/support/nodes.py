@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import datetime as dt
 import os
-import pwd
 import shutil
 import signal
 import socket
@@ -188,14 +187,12 @@ def member_at(root: Path, name: str) -> Member:
 
 
 def sections(redis_extra: str = "") -> str:
-    """Return the tables of cluster.toml that make it run here: free ports, and users that this process may use."""
-    own = pwd.getpwuid(os.geteuid()).pw_name
-    redis_user, tls_user = ("redis", "stunnel4") if os.geteuid() == 0 else (own, own)
+    """Return the tables of cluster.toml that make it run here, on free ports."""
     redis_port, sentinel_port, tls_port = free_ports(3)
     return (
-        f'[redis]\nport = {redis_port}\nuser = "{redis_user}"\n{redis_extra}\n'
-        f'[sentinel]\nport = {sentinel_port}\nuser = "{redis_user}"\ndown_after = 4\n'
-        f'[tls]\nport = {tls_port}\nuser = "{tls_user}"\n'
+        f'[redis]\nport = {redis_port}\nuser = "redis"\n{redis_extra}\n'
+        f'[sentinel]\nport = {sentinel_port}\nuser = "redis"\ndown_after = 4\n'
+        f'[tls]\nport = {tls_port}\nuser = "stunnel4"\n'
     )
 
 
