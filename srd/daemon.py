@@ -26,13 +26,14 @@ from srd.ha import restart
 from srd.ha.observe import Observer
 from srd.ipsec import xfrm
 from srd.ipsec.exchange import Installer
-from srd.ipsec.keying import Keying, Report
+from srd.ipsec.keying import Keying
 from srd.ipsec.mesh import Mesh, Unprotected, watch
 from srd.ipsec.policies import KEYING_MARK
-from srd.model import IpsecMode, Paths, Role, Service
+from srd.members import own_report
+from srd.model import IpsecMode, Paths, Service
 from srd.preflight import Cleared, clear
 from srd.reconcile import Loop, boottime, until_first
-from srd.state import Severity, Situation, Store, conditions
+from srd.state import Situation, Store, conditions
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
 from srd.supervise.probe import probe_tls
 from srd.supervise.programs import listen_endpoints
@@ -143,7 +144,7 @@ class Daemon:
             grades=self._cleared.grades,
             installer=installer,
             store=self._store,
-            report=self._report,
+            report=lambda: own_report(self.situation(), VERSION),
             wants_keys=self._wants_keys,
             mark=KEYING_MARK if self._config.ipsec.mode is IpsecMode.ESP else None,
         )
@@ -154,17 +155,6 @@ class Daemon:
             return False
         link = self._store.view().links.get(peer)
         return link is None or not link.protected or link.worn
-
-    def _report(self) -> Report:
-        situation = self.situation()
-        redis = situation.view.redis
-        return Report(
-            version=VERSION,
-            initialized=situation.view.initialized,
-            role=redis.role if redis is not None else Role.UNKNOWN,
-            healthy=all(found.severity < Severity.CRITICAL for found in conditions(situation)),
-            offset=redis.offset if redis is not None else None,
-        )
 
     # --- what the wings need of one another
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from srd.config import Node
+from srd.members import Member
+from srd.members import members as known_members
 from srd.model import Endpoint, IpsecMode, NodeKind, Role
-from srd.state import ChildState, Condition, PeerReport, Severity, Situation, conditions, services_of
+from srd.state import ChildState, Condition, Severity, Situation, conditions, services_of
 
 SCHEMA: Final = 1
-# A peer reports several times a second over the keying channel; the word of one that fell silent is not shown as news.
-REPORT_MAX_AGE_SECONDS: Final = 2.0
 
 Document = dict[str, Any]
 
@@ -44,7 +44,7 @@ def members(situation: Situation, version: str) -> Document:
     """Return every node of the cluster as this one knows it."""
     return _head(situation) | {
         "primary": _primary(situation),
-        "members": [_member(situation, node, version) for node in situation.config.nodes],
+        "members": [_member(situation, member) for member in known_members(situation, version)],
     }
 
 
@@ -175,47 +175,24 @@ def _children(s: Situation) -> list[Document]:
     return found
 
 
-def _member(s: Situation, node: Node, version: str) -> Document:
-    document: Document = {"node": node.name, "kind": node.kind, "address": str(node.address)}
-    if node.name == s.node.name:
-        health = _health(conditions(s))
-        state = {"state": "running" if health == "ok" else health, "role": _own_role(s), "version": version}
-        return document | state | {"lag_bytes": _lag(s, node), "link": None}
-    report = _fresh_report(s, node)
+def _member(s: Situation, member: Member) -> Document:
+    node = member.node
     link = s.view.links.get(node.name)
-    document["link"] = {
-        "protected": link is not None and link.protected,
-        "suite": link.suite if link is not None else None,
+    return {
+        "node": node.name,
+        "kind": node.kind,
+        "address": str(node.address),
+        "state": member.state,
+        "role": member.role if node.kind is NodeKind.REDIS else node.kind,
+        "version": member.version,
+        "lag_bytes": member.lag_bytes,
+        "link": None
+        if node == s.node
+        else {
+            "protected": link is not None and link.protected,
+            "suite": link.suite if link is not None else None,
+        },
     }
-    document["lag_bytes"] = _lag(s, node)
-    if report is None:
-        return document | {"state": "unreachable", "role": Role.UNKNOWN, "version": None}
-    role = report.role if node.kind is NodeKind.REDIS else node.kind
-    return document | {"state": "running" if report.healthy else "degraded", "role": role, "version": report.version}
-
-
-def _fresh_report(s: Situation, node: Node) -> PeerReport | None:
-    report = s.view.peers.get(node.name)
-    if report is None or s.now - report.received > REPORT_MAX_AGE_SECONDS:
-        return None
-    return report
-
-
-def _lag(s: Situation, node: Node) -> int | None:
-    """Return how far behind the primary a replica is, by the latest offsets that were reported."""
-    named = s.view.lease.primary if s.view.lease is not None else None
-    leading = s.config.node_at(named.address) if named is not None else None
-    if leading is None or leading.name == node.name:
-        return None
-    ahead, behind = _offset(s, leading), _offset(s, node)
-    return max(0, ahead - behind) if ahead is not None and behind is not None else None
-
-
-def _offset(s: Situation, node: Node) -> int | None:
-    if node.name == s.node.name:
-        return s.view.redis.offset if s.view.redis is not None else None
-    report = _fresh_report(s, node)
-    return report.offset if report is not None else None
 
 
 def _link(s: Situation, peer: Node) -> Document:

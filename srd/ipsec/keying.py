@@ -12,7 +12,7 @@ import random
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
@@ -62,17 +62,6 @@ class Beat(Message, frozen=True):
     wants_keys: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What this node tells its peers of itself."""
-
-    version: str
-    initialized: bool
-    role: Role
-    healthy: bool
-    offset: int | None
-
-
 class Keying:
     """Keeps one keyed connection with every peer."""
 
@@ -87,7 +76,7 @@ class Keying:
         grades: Mapping[Suite, int],
         installer: Installer,
         store: Store,
-        report: Callable[[], Report],
+        report: Callable[[], PeerReport],
         wants_keys: Callable[[str], bool],
         mark: int | None,
     ) -> None:

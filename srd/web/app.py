@@ -69,7 +69,7 @@ class WebServer:
         self._paths: Mapping[str, Callable[[Situation], tuple[int, str, bytes]]] = {
             "/liveness": self._liveness,
             "/srd": lambda s: _document(health.OK, documents.node_document(s, version)),
-            "/cluster": lambda s: _document(health.OK, documents.cluster_document(s)),
+            "/cluster": lambda s: _document(health.OK, documents.cluster_document(s, version)),
             "/history": lambda s: _document(health.OK, documents.history_document(s)),
             "/metrics": lambda _: (health.OK, CONTENT_TYPE, self._metrics.render()),
         }

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import Any, Final
 
 from srd.config import Node
+from srd.members import Member, members
 from srd.model import Endpoint, IpsecMode, Role, Service
 from srd.state import Child, ChildState, Redis, Situation, conditions, services_of
 from srd.web import health
-from srd.web.health import STATUS_MAX_AGE_SECONDS, Verdict
+from srd.web.health import Verdict
 
 Document = dict[str, Any]
 
 _RUNNING: Final = "running"
-_UNREACHABLE: Final = "unreachable"
 
 
 def check_document(verdict: Verdict, situation: Situation, version: str) -> Document:
@@ -63,11 +63,10 @@ def node_document(situation: Situation, version: str) -> Document:
     }
 
 
-def cluster_document(situation: Situation) -> Document:
+def cluster_document(situation: Situation, version: str) -> Document:
     """Return the members of the cluster as this node knows them: the body of `/cluster`."""
-    s = situation
-    members = [_own_member(s), *(_peer_member(s, peer) for peer in s.config.peers_of(s.node.name))]
-    return {"scope": s.config.cluster, "members": sorted(members, key=lambda member: str(member["name"]))}
+    known = members(situation, version)
+    return {"scope": situation.config.cluster, "members": [_member(situation, member) for member in known]}
 
 
 def history_document(situation: Situation) -> list[Document]:
@@ -196,36 +195,8 @@ def _child(child: Child) -> Document:
     }
 
 
-def _own_member(s: Situation) -> Document:
-    redis = s.view.redis
-    return _member(s, s.node) | {
-        "role": redis.role if redis is not None else Role.UNKNOWN,
-        "state": _state(s),
-        "lag": health.lag_bytes(s),
-    }
-
-
-def _peer_member(s: Situation, peer: Node) -> Document:
-    report = s.view.peers.get(peer.name)
-    if report is None or s.now - report.received > STATUS_MAX_AGE_SECONDS:
-        return _member(s, peer) | {"role": Role.UNKNOWN, "state": _UNREACHABLE, "lag": None}
-    return _member(s, peer) | {
-        "role": report.role,
-        "state": _RUNNING if report.healthy else "degraded",
-        "lag": _peer_lag(s, peer),
-    }
-
-
-def _peer_lag(s: Situation, peer: Node) -> int | None:
-    """Only a primary knows how far behind the others are."""
-    redis = s.view.redis
-    if redis is None or redis.role is not Role.PRIMARY:
-        return None
-    offsets = [item.offset for item in redis.replicas if item.endpoint.address in peer.addresses]
-    return max(0, redis.offset - offsets[0]) if offsets else None
-
-
-def _member(s: Situation, node: Node) -> Document:
+def _member(s: Situation, member: Member) -> Document:
+    node = member.node
     runs_redis = Service.REDIS in services_of(node)
     url = Endpoint(node.address, s.config.http.port)
     return {
@@ -235,4 +206,7 @@ def _member(s: Situation, node: Node) -> Document:
         "port": s.config.redis.port if runs_redis else None,
         "client_port": s.config.tls.port if runs_redis else None,
         "api_url": f"http://{url}/srd",
+        "role": member.role,
+        "state": member.state,
+        "lag": member.lag_bytes,
     }

@@ -16,11 +16,11 @@ from support.clusters import cluster_toml, make_bundles
 
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.ipsec.exchange import STEP_SECONDS
-from srd.ipsec.keying import MAX_STRANGERS, Keying, Report
+from srd.ipsec.keying import MAX_STRANGERS, Keying
 from srd.ipsec.sas import Generation
 from srd.model import IpsecMode, Role, SrdError, Suite
 from srd.reconcile import boottime
-from srd.state import Store
+from srd.state import PeerReport, Store
 from srd.trust.authority import identify
 from srd.trust.bundle import Bundle
 
@@ -94,7 +94,9 @@ def keying_of(
         grades=grades,
         installer=tables.of(bundle.node.name),
         store=store,
-        report=lambda: Report("0.1.0", initialized=False, role=Role.UNKNOWN, healthy=False, offset=None),
+        report=lambda: PeerReport(
+            bundle.node.name, boottime(), "0.1.0", initialized=False, role=Role.UNKNOWN, healthy=False
+        ),
         wants_keys=lambda peer: peer in wanting,
         mark=None,
     )
