@@ -141,7 +141,7 @@ def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
         return ConfigError("listen on", str(endpoint), f"{who} does already, and srd did not start it", "stop it")
     if error.errno == errno.EADDRNOTAVAIL:
         remedy = "give the interface this address, or correct cluster.toml"
-        return ConfigError("listen on", str(endpoint), "this machine does not have the address", remedy)
+        return ConfigError("use", str(endpoint.address), "this machine does not have the address", remedy)
     if error.errno == errno.EACCES:
         return PermissionRefusedError("listen on", str(endpoint), "the port is privileged", "start srd as root")
     return SrdError("listen on", str(endpoint), error.strerror or str(error))
