@@ -108,7 +108,9 @@ class Daemon:
             installer: Installer = Unprotected()
             if self._config.ipsec.mode is IpsecMode.ESP:
                 kernel = await stack.enter_async_context(xfrm.XfrmSocket())
-                installer = mesh = Mesh(config=self._config, node=self._node, socket=kernel, store=self._store)
+                installer = mesh = Mesh(
+                    config=self._config, node=self._node, socket=kernel, store=self._store, wake=self._wake_mesh
+                )
                 # Every policy stands before this node speaks to a peer or answers one for the first time.
                 await mesh.reconcile()
                 self._mesh_loop = Loop("mesh", mesh.reconcile, resync=MESH_RESYNC_SECONDS, timeout=PASS_SECONDS)
@@ -154,7 +156,7 @@ class Daemon:
         if self._config.ipsec.mode is IpsecMode.OFF:
             return False
         link = self._store.view().links.get(peer)
-        return link is None or not link.protected or link.worn
+        return link is None or not link.keyed or link.worn
 
     # --- what the wings need of one another
 
@@ -181,6 +183,10 @@ class Daemon:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""
         if service is Service.REDIS:
             self._death = self._observer.death()
+
+    def _wake_mesh(self) -> None:
+        if self._mesh_loop is not None:
+            self._mesh_loop.wake()
 
     def _wake_services(self) -> None:
         self._services_loop.wake()

@@ -67,21 +67,28 @@ def diff(wanted: Mapping[K, V], observed: Mapping[K, V]) -> Diff[K, V]:
     )
 
 
-def persistently(*exceptions: type[SrdError], note: Callable[[BaseException], None]) -> tenacity.AsyncRetrying:
+def persistently(
+    *exceptions: type[SrdError],
+    note: Callable[[BaseException], None],
+    cap: float = BACKOFF_CAP_SECONDS,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> tenacity.AsyncRetrying:
     """Return the one retry policy: the named errors only, pauses as `backoff_seconds`, until it works or is cancelled.
 
-    `note` is told of each failure, so that none goes uncounted.
+    `note` is told of each failure, so that none goes uncounted. `cap` seconds bound the pause, and `sleep` may end it.
     """
 
     def wait(state: tenacity.RetryCallState) -> float:
-        return backoff_seconds(state.attempt_number, random.uniform(-1, 1))  # noqa: S311 - jitter
+        return min(cap, backoff_seconds(state.attempt_number, random.uniform(-1, 1)))  # noqa: S311 - jitter
 
     def tell(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         if error is not None:
             note(error)
 
-    return tenacity.AsyncRetrying(retry=tenacity.retry_if_exception_type(exceptions), wait=wait, before_sleep=tell)
+    return tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(exceptions), wait=wait, before_sleep=tell, sleep=sleep
+    )
 
 
 def _log_failure(sentence: str, detail: BaseException | None) -> None:

@@ -72,9 +72,14 @@ class Link:
     suite_reason: str | None = None
 
     @property
+    def keyed(self) -> bool:
+        """Both SAs are installed, the outbound policy pinned to the outbound one, on every leg."""
+        return bool(self.legs) and all(leg.spi_in and leg.spi_out for leg in self.legs)
+
+    @property
     def protected(self) -> bool:
-        """Policies stand and both SAs are installed, the outbound policy pinned to the outbound one, on every leg."""
-        return bool(self.legs) and all(leg.policies and leg.spi_in and leg.spi_out for leg in self.legs)
+        """It is keyed, and every policy that makes use of the keys stands."""
+        return self.keyed and all(leg.policies for leg in self.legs)
 
     @property
     def worn(self) -> bool:

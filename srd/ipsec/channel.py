@@ -18,20 +18,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 
-from srd.model import Credentials, Identity, SrdError
+from srd.ipsec.protocol import KeyingError, Message
+from srd.model import Credentials, Identity
 
 # Every message of a 1000-node cluster fits in a fraction of this; a peer that claims more is cut off.
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 _LENGTH: Final = struct.Struct(">I")
 _READ_BYTES: Final = 16 * 1024
-
-
-class KeyingError(SrdError):
-    """The keying channel to a peer failed; running SAs are untouched."""
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, array_like=True):
-    """What one end tells the other; subclasses are in keying.py."""
 
 
 M = TypeVar("M", bound=Message)

@@ -1,18 +1,19 @@
-"""Keeps one keyed connection with every peer: who connects, who is let in, when keys are renewed, heartbeats.
+"""Keeps one keyed connection with every peer: who connects, who is let in, from which ports.
 
-The node with the smaller name connects, from one of eight privileged ports, and leads. A connection makes one
-generation of keys (exchange.py) and then stays open for heartbeats until the next one has taken its place.
+A connection makes one generation of keys (protocol.py) and then stays open for heartbeats until the next one has taken
+its place (peering.py). The end that leads connects from one of eight privileged ports; a node that has just come up
+knocks at those that lead it, so that they need not find out by trying.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import random
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
@@ -22,9 +23,10 @@ import structlog
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
 from srd.desired import leg_addresses
 from srd.ipsec.channel import Channel as TlsChannel
-from srd.ipsec.channel import KeyingError, Message, tls_context
+from srd.ipsec.channel import tls_context
 from srd.ipsec.exchange import STEP_SECONDS, Exchange, Installer
-from srd.ipsec.sas import Generation
+from srd.ipsec.peering import Peering
+from srd.ipsec.protocol import Beat, KeyingError, leads
 from srd.model import (
     Credentials,
     Endpoint,
@@ -35,31 +37,17 @@ from srd.model import (
     SrdError,
     Suite,
 )
-from srd.reconcile import boottime, contained, persistently, until_first
+from srd.reconcile import boottime, contained
 from srd.state import Channel, PeerReport, Store
 
 log = structlog.get_logger(__name__)
 
-CONNECT_SECONDS: Final = 5.0
-BEAT_SECONDS: Final = 1.0
-# Three lost beats and the time that a busy machine may need to get to them.
-SILENCE_SECONDS: Final = 5.0
-REKEY_SECONDS: Final = 3600.0
-REKEY_JITTER: Final = 0.1
-# Connections that are not yet a known peer's: more than any cluster opens at once, few enough to bound memory.
-MAX_STRANGERS: Final = 256
+# One SYN and its first repetition.
+CONNECT_SECONDS: Final = 2.0
+# Handshakes with peers at a time: more than any cluster opens at once, few enough to bound memory.
+MAX_HANDSHAKES: Final = 256
 BACKLOG: Final = 1024
-
-
-class Beat(Message, frozen=True):
-    """I am alive, and this is how I am. `wants_keys` asks the leader for a new generation."""
-
-    version: str
-    initialized: bool
-    role: str
-    healthy: bool
-    offset: int | None
-    wants_keys: bool
+ACCEPT_PAUSE_SECONDS: Final = 0.1
 
 
 class Keying:
@@ -84,20 +72,31 @@ class Keying:
         self._node = node
         self._context = tls_context(credentials)
         self._identify = identify
-        self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
         self._report = report
-        self._wants_keys = wants_keys
         self._mark = mark
-        self._peers = {peer.name: peer for peer in config.peers_of(node.name)}
-        self._addresses = {address for peer in self._peers.values() for address in peer.addresses}
-        self._live: dict[str, TlsChannel] = {}
-        self._strangers = asyncio.Semaphore(MAX_STRANGERS)
-        now = boottime()
-        self._channels = {name: Channel(peer=name, connected=False, since=now) for name in self._peers}
-        self._reports: dict[str, PeerReport] = {}
         self._write_channels = store.writer("channels")
         self._write_reports = store.writer("peers")
-        self._write_channels(self._channels)
+        self._channels: dict[str, Channel] = {}
+        self._reports: dict[str, PeerReport] = {}
+        # Accepted, and not yet served: a task that is cancelled before it begins cannot close what it was given.
+        self._over = False
+        self._arrived: set[socket.socket] = set()
+        self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
+        self._peerings = {
+            peer.name: Peering(
+                peer,
+                make=self._exchange.make,
+                beat=self._beat,
+                wants_keys=wants_keys,
+                changed=self._changed,
+                heard=self._heard,
+            )
+            for peer in config.peers_of(node.name)
+        }
+        self._at = {address: peering for peering in self._peerings.values() for address in peering.peer.addresses}
+        for peering in self._peerings.values():
+            self._changed(peering.record)
 
     def listen(self) -> list[socket.socket]:
         """Bind the keying port on every address of this node; `KeyingError` says which one is taken."""
@@ -105,100 +104,115 @@ class Keying:
 
     async def run(self, listeners: list[socket.socket]) -> None:
         """Serve and connect until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for listener in listeners:
-                    group.create_task(self._accept(listener, group))
-                for peer in self._peers.values():
-                    if self._node.name < peer.name:
-                        group.create_task(self._lead(peer, group))
-        finally:
-            for channel in self._live.values():
-                channel.close()
-
-    # --- the follower
-
-    async def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            await self._strangers.acquire()
+        async with asyncio.TaskGroup() as group:
+            for listener in listeners:
+                loop.add_reader(listener, self._accept, listener, group)
             try:
-                connection, (address, *_) = await loop.sock_accept(listener)
-            except OSError as error:  # out of descriptors, or the peer was gone before it was accepted
-                self._strangers.release()
-                log.warning("cannot accept a keying connection", error=error.strerror)
-                await asyncio.sleep(0.1)
-                continue
-            if ip_address(address) not in self._addresses:
-                # Not even a handshake's time: whoever is no peer must not take the places of peers.
-                self._strangers.release()
-                connection.close()
-                continue
+                for peering in self._peerings.values():
+                    if leads(self._node, peering.peer):
+                        group.create_task(peering.lead(partial(self._connect, peering.peer)))
+                    else:
+                        group.create_task(self._knock(peering.peer))
+                await asyncio.Event().wait()
+            finally:
+                self._over = True
+                for listener in listeners:
+                    loop.remove_reader(listener)
+                for peering in self._peerings.values():
+                    peering.close()
+                for connection in self._arrived:
+                    connection.close()
+
+    def renew(self, peer: str) -> None:
+        """Have new keys made with a peer, soon; `KeyError` when it is none."""
+        self._peerings[peer].renew()
+
+    # --- connections that come in
+
+    def _accept(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
+        # Not loop.sock_accept: what it has accepted when it is cancelled is lost, and stays open.
+        try:
+            connection, (address, *_) = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # out of descriptors, or the peer was gone before it was accepted
+            log.warning("cannot accept a keying connection", error=error.strerror)
+            self._look_away(listener, group)
+            return
+        connection.setblocking(False)
+        peering = self._at.get(ip_address(address))
+        if peering is None:
+            # Not even a handshake's time: whoever is no peer must not take the places of peers.
+            connection.close()
+        elif leads(self._node, peering.peer):
+            connection.close()
+            peering.knock()
+        else:
+            self._arrived.add(connection)
             group.create_task(contained("keying connection", partial(self._serve, connection)))
 
-    async def _serve(self, connection: socket.socket) -> None:
-        """Answer one connection: from a stranger to a peer, through a generation, to the end of its heartbeats."""
-        peer: Node | None = None
-        try:
-            channel = await self._open(connection, accepted=True)
-        except (OSError, asyncio.CancelledError):
-            self._strangers.release()
-            connection.close()
-            raise
-        try:
-            try:
-                peer = self._admit(await channel.handshake(self._identify, STEP_SECONDS), channel)
-            finally:
-                self._strangers.release()
-            generation = await self._exchange.follow(peer, channel)
-        except SrdError as error:
-            if peer is not None:
-                self._failed(peer, error)
-            else:
-                log.warning("keying connection refused", address=channel.remote, error=str(error))
-        else:
-            self._established(peer, channel, generation)
-            await self._hold(peer, channel, asyncio.Event())  # the leader decides when
-        finally:
-            channel.close()
+    def _look_away(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
+        """Let what waits wait for a moment: looking again at once, nothing else would be done."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener)
 
-    def _admit(self, identity: Identity, channel: TlsChannel) -> Node:
-        """Return the node of the file that a proven identity is, or refuse: names, addresses and roles must agree."""
-        peer = self._peers.get(identity.node)
-        if identity.cluster != self._config.cluster or peer is None:
+        def look_again() -> None:
+            if listener.fileno() >= 0 and not self._over:
+                loop.add_reader(listener, self._accept, listener, group)
+
+        loop.call_later(ACCEPT_PAUSE_SECONDS, look_again)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """Let a connection in, or refuse it; then it is its peering's."""
+        async with self._handshakes:
+            self._arrived.discard(connection)
+            channel = await self._channel(connection, accepted=True)
+            try:
+                peering = self._admit(await channel.handshake(self._identify, STEP_SECONDS), channel)
+            except SrdError as error:
+                log.warning("keying connection refused", address=channel.remote, error=str(error))
+                channel.close()
+                return
+            except asyncio.CancelledError:
+                channel.close()
+                raise
+        await peering.follow(channel)
+
+    def _admit(self, identity: Identity, channel: TlsChannel) -> Peering:
+        """Return the peering that a proven identity is part of: names, addresses and roles must agree."""
+        peering = self._peerings.get(identity.node)
+        if identity.cluster != self._config.cluster or peering is None:
             raise KeyingError("admit", f"{identity.cluster}/{identity.node}", "it is not a node of this cluster.toml")
+        peer = peering.peer
         if set(identity.addresses) != set(peer.addresses):
             raise KeyingError("admit", peer.name, "its certificate is for other addresses than cluster.toml has")
         if channel.remote not in {str(address) for address in peer.addresses}:
             raise KeyingError("admit", peer.name, f"it connects from {channel.remote}, which is not its address")
-        return peer
+        return peering
 
-    # --- the leader
+    # --- connections that go out
 
-    async def _lead(self, peer: Node, group: asyncio.TaskGroup) -> None:
-        policy = persistently(SrdError, note=partial(self._failed, peer))
-        while True:
-            channel: TlsChannel = await policy(self._keyed, peer)
-            due = asyncio.Event()
-            group.create_task(contained("keying connection", partial(self._hold, peer, channel, due)))
-            await due.wait()
-
-    async def _keyed(self, peer: Node) -> TlsChannel:
-        """Connect and make a generation of keys."""
-        local, remote = leg_addresses(self._node, peer)[0]
-        channel = await self._open(await self._dial(local, remote), accepted=False)
+    async def _connect(self, peer: Node) -> TlsChannel:
+        """Connect to a peer, and be sure that it is the one."""
+        channel = await self._channel(await self._dial(peer), accepted=False)
         try:
             identity = await channel.handshake(self._identify, STEP_SECONDS)
-            if self._admit(identity, channel) is not peer:
+            if self._admit(identity, channel).peer is not peer:
                 raise KeyingError("admit", peer.name, f"{identity.node} answers at its address")
-            self._established(peer, channel, await self._exchange.lead(peer, channel))
         except (SrdError, asyncio.CancelledError):
             channel.close()
             raise
         return channel
 
-    async def _dial(self, local: IpAddress, remote: IpAddress) -> socket.socket:
+    async def _knock(self, peer: Node) -> None:
+        """Tell the node that leads that this one is up. It connects by itself sooner or later, so one try is enough."""
+        with contextlib.suppress(SrdError):
+            (await self._dial(peer)).close()
+
+    async def _dial(self, peer: Node) -> socket.socket:
         """Connect from one of the eight client ports; from the next one when the connection's four-tuple is taken."""
+        local, remote = leg_addresses(self._node, peer)[0]
         target = Endpoint(remote, KEYING_PORT)
         for port in random.sample(KEYING_CLIENT_PORTS, len(KEYING_CLIENT_PORTS)):
             connection = self._bound(local, port, listening=False)
@@ -219,113 +233,12 @@ class Keying:
                 return connection
         raise KeyingError("connect to", str(target), "all eight client ports are in use with this peer")
 
-    async def _hold(self, peer: Node, channel: TlsChannel, due: asyncio.Event) -> None:
-        """Exchange heartbeats until the connection fails or the next one has taken its place.
-
-        `due` is set when either end needs new keys, when these are old, and at the end. Making new ones may take
-        many attempts: meanwhile the heartbeats go on, and their silence is noticed.
-        """
-        # Each pair at a time of its own, so that a mesh never renews all its keys at once.
-        old_at = boottime() + REKEY_SECONDS * (1 - random.uniform(0, REKEY_JITTER))  # noqa: S311 - no secret
-
-        async def listen() -> None:
-            while True:
-                beat: Beat = await channel.receive(Beat, SILENCE_SECONDS)
-                self._note(peer, beat)
-                if beat.wants_keys:
-                    due.set()
-
-        async def speak() -> None:
-            while self._live.get(peer.name) is channel:
-                report = self._report()
-                wants_keys = self._wants_keys(peer.name)
-                await channel.send(
-                    Beat(report.version, report.initialized, report.role, report.healthy, report.offset, wants_keys)
-                )
-                if wants_keys or boottime() >= old_at:
-                    due.set()
-                await asyncio.sleep(BEAT_SECONDS)
-
+    async def _channel(self, connection: socket.socket, *, accepted: bool) -> TlsChannel:
         try:
-            await until_first(listen, speak)
-        except KeyingError as error:
-            if self._live.get(peer.name) is channel:
-                del self._live[peer.name]
-                self._failed(peer, error)
-                channel.close()
-        finally:
-            due.set()
-
-    def _established(self, peer: Node, channel: TlsChannel, generation: Generation) -> None:
-        before = self._live.get(peer.name)
-        self._live[peer.name] = channel
-        if before is not None:
-            before.close()
-        now = boottime()
-        known = self._channels[peer.name]
-        self._update(
-            replace(
-                known,
-                connected=True,
-                since=known.since if known.connected else now,
-                generation=generation.number,
-                established=now,
-                group=channel.group,
-                suite=generation.suite,
-                suite_reason=generation.suite_reason,
-                keyings=known.keyings + 1,
-                last_error=None,
-            )
-        )
-        log.info(
-            "keys installed",
-            peer=peer.name,
-            generation=generation.number,
-            suite=generation.suite,
-            why=generation.suite_reason,
-            group=channel.group,
-        )
-
-    def _failed(self, peer: Node, error: BaseException) -> None:
-        known = self._channels[peer.name]
-        connected = peer.name in self._live
-        text = str(error)
-        # A peer that is down for a day is one line, not one for every attempt.
-        if text != known.last_error:
-            log.warning("keying failed", peer=peer.name, error=text)
-        self._update(
-            replace(
-                known,
-                connected=connected,
-                since=known.since if connected == known.connected else boottime(),
-                failures=known.failures + 1,
-                last_error=text,
-            )
-        )
-
-    def _update(self, channel: Channel) -> None:
-        self._channels = {**self._channels, channel.peer: channel}
-        self._write_channels(self._channels)
-
-    def _note(self, peer: Node, beat: Beat) -> None:
-        try:
-            role = Role(beat.role)
-        except ValueError:
-            role = Role.UNKNOWN
-        report = PeerReport(
-            node=peer.name,
-            received=boottime(),
-            version=beat.version,
-            initialized=beat.initialized,
-            role=role,
-            healthy=beat.healthy,
-            offset=beat.offset,
-        )
-        self._reports = {**self._reports, peer.name: report}
-        self._write_reports(self._reports)
-
-    async def _open(self, connection: socket.socket, *, accepted: bool) -> TlsChannel:
-        reader, writer = await asyncio.open_connection(sock=connection)
+            reader, writer = await asyncio.open_connection(sock=connection)
+        except (OSError, asyncio.CancelledError):
+            connection.close()
+            raise
         return TlsChannel(reader, writer, self._context, accepted=accepted)
 
     def _bound(self, address: IpAddress, port: int, *, listening: bool) -> socket.socket:
@@ -349,3 +262,30 @@ class Keying:
             subject = f"{Endpoint(address, port)}"
             raise kind("use", subject, error.strerror or "refused", "it is the keying channel's port") from error
         return made
+
+    # --- what is said and shown
+
+    def _beat(self, wants_keys: bool) -> Beat:  # noqa: FBT001 - a callback's one argument
+        mine = self._report()
+        return Beat(mine.version, mine.initialized, mine.role, mine.healthy, mine.offset, wants_keys)
+
+    def _heard(self, peer: Node, beat: Beat) -> None:
+        try:
+            role = Role(beat.role)
+        except ValueError:
+            role = Role.UNKNOWN
+        report = PeerReport(
+            node=peer.name,
+            received=boottime(),
+            version=beat.version,
+            initialized=beat.initialized,
+            role=role,
+            healthy=beat.healthy,
+            offset=beat.offset,
+        )
+        self._reports = {**self._reports, peer.name: report}
+        self._write_reports(self._reports)
+
+    def _changed(self, record: Channel) -> None:
+        self._channels = {**self._channels, record.peer: record}
+        self._write_channels(self._channels)

@@ -5,9 +5,11 @@ in the tables is somebody else's and only looked at. Nothing is ever flushed.
 
 Order is what keeps plaintext off the wire. Policies: in the order in which the kernel weighs them, so that at every
 moment of a first pass a packet meets what it will meet for good or, as before it, no policy; removals last. A
-generation of keys: the receiver installs, then the sender, then the sender's policies are pinned to the new SPI by
-UPDPOLICY, which is atomic (3000 updates under load: 106,413 packets, all ESP), and only then is the old SA deleted.
-A policy that has no keys yet is pinned to an SPI that no SA can have: the kernel drops what it covers.
+generation of keys: both ends install, then the leader's policies are pinned to the new SPI by UPDPOLICY, which is
+atomic (3000 updates under load: 106,413 packets, all ESP), then the follower's, and only then are old SAs deleted. A
+policy that has no keys yet is pinned to an SPI that no SA can have: the kernel drops what it covers.
+
+What keying asks for costs what it changes, whatever the size of the mesh; only a pass reads the tables.
 """
 
 from __future__ import annotations
@@ -15,15 +17,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from srd.config import Config, Node
-from srd.desired import leg_addresses, rules
+from srd.desired import Flow, Rule, Treatment, Way, leg_addresses, rules
 from srd.ipsec import xfrm
+from srd.ipsec.links import Keys, Observed, fresh_link, grouped, link
 from srd.ipsec.policies import (
     INDEX_BASE,
     INDEX_SPAN,
@@ -34,34 +37,38 @@ from srd.ipsec.policies import (
     owns_index,
     owns_reqid,
     policy_key,
-    reqid_of,
 )
-from srd.ipsec.sas import Generation, inbound_sa, is_worn, outbound_sa
-from srd.model import IpAddress, Suite
+from srd.ipsec.sas import Generation, inbound_sa, outbound_sa
+from srd.model import IpAddress
 from srd.reconcile import boottime, diff
-from srd.state import Kernel, Link, LinkLeg, Store
+from srd.state import Kernel, Link, Store
 
 log = structlog.get_logger(__name__)
 
 # How long the old inbound SA goes on receiving what was in flight (strongSwan's delete_rekeyed_delay).
 GRACE_SECONDS: Final = 5.0
+
 XFRM_STAT: Final = Path("/proc/net/xfrm_stat")
 
 
-@dataclass(frozen=True, slots=True)
-class _Current:
-    """What is remembered of a generation once the kernel has its keys: no key."""
+@dataclass(slots=True)
+class _Peer:
+    """What is known of a peer's keys beyond what the kernel shows."""
 
-    pins: Mapping[IpAddress, int]  # remote address -> outbound SPI
-    spis: frozenset[int]
-    suite: Suite
-    suite_reason: str
+    node: Node
+    keys: Keys | None = None  # None after a restart, until the next generation
+    # SAs of a generation in the making, as (destination, SPI): no policy asks for them yet.
+    pending: set[tuple[IpAddress, int]] = field(default_factory=set)
+    # What the peer sends under, since both last spoke of it; None: nobody knows, so no inbound SA may go.
+    receives: frozenset[int] | None = None
+    grace_ends: float = 0.0
 
 
 class Mesh:
     """Keeps the kernel's tables as `desired.rules` and the generations of keys want them.
 
-    Every change of the tables is made under one lock, so that a pass never sees half a generation.
+    Every change of the tables is made under one lock, so that a pass never sees half a generation. `wake` asks for a
+    pass soon.
     """
 
     def __init__(
@@ -71,19 +78,26 @@ class Mesh:
         node: Node,
         socket: xfrm.XfrmSocket,
         store: Store,
+        wake: Callable[[], None],
         clock: Callable[[], float] = boottime,
     ) -> None:
         self._clock = clock
-        self._config = config
         self._node = node
         self._socket = socket
+        self._wake = wake
         self._lock = asyncio.Lock()
         self._rules = rules(config, node)
-        self._peers = {reqid_of(peer.name): peer for peer in config.peers_of(node.name)}
-        self._current: dict[str, _Current] = {}
-        self._retire_at: dict[str, float] = {}
-        # Generations that are being installed or switched to, until both ends have confirmed one.
-        self._unconfirmed: dict[str, set[int]] = {}
+        self._peers = {peer.name: _Peer(peer) for peer in config.peers_of(node.name)}
+        # What pinning changes: the outbound ESP policies, by peer.
+        self._pinned: dict[str, list[tuple[Flow, Rule]]] = {name: [] for name in self._peers}
+        for flow, rule in self._rules.items():
+            if rule.treatment is Treatment.ESP and rule.peer is not None and flow.way is Way.OUT:
+                self._pinned[rule.peer].append((flow, rule))
+        self._at = {address: peer for peer in self._peers.values() for address in peer.node.addresses}
+        # The last pass: what it found, and where each of srd's policies is.
+        self._seen = Observed()
+        self._indices: dict[PolicyKey, int] = {}
+        self._links: dict[str, Link] = {}
         self._drift = 0
         self._settled = False
         self._write_links = store.writer("links")
@@ -91,72 +105,99 @@ class Mesh:
 
     # --- what keying asks for, in the order in which it asks
 
-    async def install_inbound(self, generation: Generation) -> None:
-        """Make the kernel able to receive under the new keys; nobody sends under them yet."""
+    async def sends(self, peer: str) -> tuple[int, ...]:
+        """Return the SPIs that this node's packets to the peer leave under."""
         async with self._lock:
-            # Until both ends have confirmed a switch, any of the generations in the kernel may be in use.
-            self._retire_at.pop(generation.peer, None)
-            self._unconfirmed.setdefault(generation.peer, set()).update(generation.spis)
-            for leg in generation.legs:
-                await self._socket.add_sa(inbound_sa(generation, leg))
+            pins = [self._seen.pins.get(remote, UNKEYED_SPI) for _, remote in self._legs(peer)]
+        return tuple(pin for pin in pins if pin != UNKEYED_SPI)
 
-    async def install_outbound(self, generation: Generation) -> None:
-        """Give the kernel the keys to send with; no policy is pinned to them yet."""
+    async def agree(self, peer: str, sends: frozenset[int]) -> None:
+        """Take the peer's word for what it sends under, while no keys are in the making: the rest may go.
+
+        Without this, each exchange that breaks half-way would leave keys behind that nobody knows to be unused.
+        """
         async with self._lock:
-            for leg in generation.legs:
-                await self._socket.add_sa(outbound_sa(generation, leg))
+            self._confirm(self._peers[peer], sends)
+
+    async def install(self, generation: Generation) -> None:
+        """Make the kernel able to receive under the new keys, and to send; nobody does yet.
+
+        Raises `XfrmError`, `AlreadyExistsError` for an SPI that is taken; `discard` takes back what was installed.
+        """
+        async with self._lock:
+            pending = self._peers[generation.peer].pending
+            for make in (inbound_sa, outbound_sa):
+                for leg in generation.legs:
+                    sa = make(generation, leg)
+                    await self._socket.add_sa(sa)
+                    pending.add((sa.destination, sa.spi))
 
     async def pin(self, generation: Generation) -> None:
         """Send under the new keys from now on. The peer must be able to receive them."""
         async with self._lock:
-            self._current[generation.peer] = _Current(
-                pins={leg.remote: leg.spi_out for leg in generation.legs},
-                spis=generation.spis,
-                suite=generation.suite,
-                suite_reason=generation.suite_reason,
-            )
-            await self._reconcile()
+            name, keys = generation.peer, Keys.of(generation)
+            self._peers[name].keys = keys
+            for flow, rule in self._pinned[name]:
+                if flow.remote is not None:
+                    await self._repin(flow, rule, keys.pins[flow.remote])
+            self._seen = replace(self._seen, pins={**self._seen.pins, **keys.pins})
+            self._links[name] = fresh_link(name, generation, self._seen)
+            self._write_links(self._links)
+
+    async def _repin(self, flow: Flow, rule: Rule, spi: int) -> None:
+        policy = compile_policy(flow, rule, spi)
+        index = self._indices.get(policy_key(policy))
+        if index is None:
+            self._wake()  # it is not there, or somebody else's is: the pass knows what to do
+        else:
+            await self._socket.update_policy(replace(policy, index=index))
 
     async def retire(self, peer: str) -> None:
         """Both ends send under the new keys: old outbound SAs go now, old inbound ones after the grace."""
         async with self._lock:
-            self._retire_at[peer] = self._clock() + GRACE_SECONDS
-            self._unconfirmed.pop(peer, None)
-            await self._reconcile()
+            known = self._peers[peer]
+            if known.keys is not None:
+                self._confirm(known, known.keys.receives)
+
+    def _confirm(self, peer: _Peer, receives: frozenset[int]) -> None:
+        """Note what the peer sends under; what is in flight under other keys arrives before the grace ends."""
+        peer.pending.clear()
+        peer.receives = receives
+        peer.grace_ends = self._clock() + GRACE_SECONDS
+        self._wake()
 
     async def discard(self, generation: Generation) -> None:
-        """Give up a generation that nobody sends under."""
+        """Give up a generation that nobody sends under: what `install` has installed of it, and nothing else."""
         async with self._lock:
-            self._unconfirmed.get(generation.peer, set()).difference_update(generation.spis)
-            # The peer chose half of the SPIs: only with the address are they this link's.
+            pending = self._peers[generation.peer].pending
             made = {(leg.local, leg.spi_in) for leg in generation.legs}
             made |= {(leg.remote, leg.spi_out) for leg in generation.legs}
-            for sa in await self._socket.sas():
-                if owns_reqid(sa.reqid) and (sa.destination, sa.spi) in made:
-                    await self._delete_sa(sa)
+            for destination, spi in made & pending:
+                await self._delete_sa(destination, spi)
+            pending -= made
+
+    def _legs(self, peer: str) -> tuple[tuple[IpAddress, IpAddress], ...]:
+        return leg_addresses(self._node, self._peers[peer].node)
 
     # --- the reconciler
 
     async def reconcile(self) -> None:
         """Compare both tables with what is wanted and mend the difference; a second pass changes nothing."""
         async with self._lock:
-            await self._reconcile()
-
-    async def _reconcile(self) -> None:
-        policies = await self._socket.policies()
-        sas = [sa for sa in await self._socket.sas() if owns_reqid(sa.reqid)]
-        owned = {policy_key(info.policy): info.policy for info in policies if owns_index(info.policy.index)}
-        # A policy of an xfrm interface never meets this traffic: its interface is part of its identity.
-        others = [info for info in policies if not owns_index(info.policy.index) and not info.interface_id]
-        foreign = [info.policy for info in others]
-        pins = self._pins(owned, sas)
-        wanted = self._wanted(pins)
-        # Somebody else's policies stand where these belong: a condition, never overwritten.
-        occupied = {policy_key(info.policy) for info in others if not info.sub} & (wanted.keys() - owned.keys())
-        await self._apply(wanted, owned, occupied)
-        kept = await self._retire_sas(sas, set(pins.values()))
-        self._publish(pins, kept, overrides(foreign, wanted, occupied), occupied)
-        self._settled = True
+            policies = await self._socket.policies()
+            sas = [sa for sa in await self._socket.sas() if owns_reqid(sa.reqid)]
+            owned = {policy_key(info.policy): info.policy for info in policies if owns_index(info.policy.index)}
+            # A policy of an xfrm interface never meets this traffic: its interface is part of its identity.
+            others = [info for info in policies if not owns_index(info.policy.index) and not info.interface_id]
+            pins = self._pins(owned, sas)
+            wanted = self._wanted(pins)
+            # Somebody else's policies stand where these belong: a condition, never overwritten.
+            occupied = {policy_key(info.policy) for info in others if not info.sub} & (wanted.keys() - owned.keys())
+            await self._apply(wanted, owned, occupied)
+            kept = await self._retire_sas(sas, pins)
+            self._seen = Observed(pins, _addresses(occupied), grouped(kept))
+            self._publish(overrides([info.policy for info in others], wanted, occupied))
+            self._settled = True
 
     def _pins(self, owned: Mapping[PolicyKey, xfrm.Policy], sas: Iterable[xfrm.SaInfo]) -> dict[IpAddress, int]:
         """Return for each peer's address the SPI to send under: the current one, or after a restart that in use."""
@@ -168,10 +209,9 @@ class Mesh:
         }
         pins = {}
         for peer in self._peers.values():
-            current = self._current.get(peer.name)
-            for _, remote in leg_addresses(self._node, peer):
-                if current is not None:
-                    pins[remote] = current.pins.get(remote, UNKEYED_SPI)
+            for _, remote in leg_addresses(self._node, peer.node):
+                if peer.keys is not None:
+                    pins[remote] = peer.keys.pins.get(remote, UNKEYED_SPI)
                 else:
                     spi = in_use.get(remote, UNKEYED_SPI)
                     pins[remote] = spi if (remote, spi) in outbound else UNKEYED_SPI
@@ -194,17 +234,21 @@ class Mesh:
         occupied: AbstractSet[PolicyKey],
     ) -> None:
         difference = diff(wanted, {key: replace(policy, index=0) for key, policy in owned.items()})
-        taken = {policy.index >> 3 for policy in owned.values()}
+        self._indices = {key: policy.index for key, policy in owned.items()}
+        taken = {index >> 3 for index in self._indices.values()}
         free = (number for number in range(INDEX_BASE, INDEX_BASE + INDEX_SPAN) if number not in taken)
         for key, policy in difference.add.items():
             if key in occupied:
                 continue
-            await self._socket.add_policy(replace(policy, index=next(free) << 3 | policy.direction))
+            index = next(free) << 3 | policy.direction
+            await self._socket.add_policy(replace(policy, index=index))
+            self._indices[key] = index
             self._count_drift(policy)
         for key, policy in difference.change.items():
             await self._socket.update_policy(replace(policy, index=owned[key].index))
         for key in difference.remove:
             await self._socket.delete_policy(owned[key])
+            del self._indices[key]
             self._count_drift(owned[key])
 
     def _count_drift(self, policy: xfrm.Policy) -> None:
@@ -212,65 +256,36 @@ class Mesh:
             self._drift += 1
             log.warning("policy mended", policy=str(policy))
 
-    async def _retire_sas(self, sas: Iterable[xfrm.SaInfo], pinned: set[int]) -> list[xfrm.SaInfo]:
+    async def _retire_sas(self, sas: Iterable[xfrm.SaInfo], pins: Mapping[IpAddress, int]) -> list[xfrm.SaInfo]:
         """Delete what no policy and no generation needs any more; return the SAs that stay."""
         now = self._clock()
         kept = []
         for sa in sas:
-            if self._needed(sa, pinned, now):
+            if self._needed(sa, pins, now):
                 kept.append(sa)
             else:
-                await self._delete_sa(sa)
+                await self._delete_sa(sa.destination, sa.spi)
         return kept
 
-    def _needed(self, sa: xfrm.SaInfo, pinned: set[int], now: float) -> bool:
-        peer = self._peers.get(sa.reqid)
+    def _needed(self, sa: xfrm.SaInfo, pins: Mapping[IpAddress, int], now: float) -> bool:
+        inbound = sa.destination in self._node.addresses
+        peer = self._at.get(sa.source if inbound else sa.destination)
         if peer is None:
             return False
-        if sa.spi in self._unconfirmed.get(peer.name, ()):
+        if (sa.destination, sa.spi) in peer.pending:
             return True
-        current = self._current.get(peer.name)
-        inbound = sa.destination in self._node.addresses
-        if current is None:
-            # After a restart: traffic goes on under the keys that are pinned, whatever they were.
-            return inbound or sa.spi in pinned
-        if sa.spi in current.spis:
-            return True
-        retire_at = self._retire_at.get(peer.name)
-        return retire_at is None or (inbound and now < retire_at)
+        if not inbound:
+            return pins[sa.destination] == sa.spi
+        return peer.receives is None or sa.spi in peer.receives or now < peer.grace_ends
 
-    async def _delete_sa(self, sa: xfrm.SaInfo) -> None:
+    async def _delete_sa(self, destination: IpAddress, spi: int) -> None:
         try:
-            await self._socket.delete_sa(sa.destination, sa.spi)
+            await self._socket.delete_sa(destination, spi)
         except xfrm.MissingError:
-            log.debug("the SA was gone already", sa=str(sa))
+            log.debug("the SA was gone already", destination=str(destination), spi=f"{spi:#010x}")
 
-    def _publish(
-        self,
-        pins: Mapping[IpAddress, int],
-        sas: Iterable[xfrm.SaInfo],
-        conflicts: tuple[str, ...],
-        occupied: AbstractSet[PolicyKey],
-    ) -> None:
-        exposed = {
-            network.network_address
-            for selector, _, _ in occupied
-            for network in (selector.source, selector.destination)
-        }
-        by_identity = {(sa.destination, sa.spi): sa for sa in sas}
-        links = {}
-        for peer in self._peers.values():
-            current = self._current.get(peer.name)
-            legs = tuple(
-                self._leg(peer.name, local, remote, pins[remote], by_identity, policies=remote not in exposed)
-                for local, remote in leg_addresses(self._node, peer)
-            )
-            links[peer.name] = Link(
-                peer=peer.name,
-                legs=legs,
-                suite=current.suite if current is not None else _suite_of(legs, by_identity),
-                suite_reason=current.suite_reason if current is not None else None,
-            )
+    def _publish(self, conflicts: tuple[str, ...]) -> None:
+        self._links = {name: link(self._node, peer.node, peer.keys, self._seen) for name, peer in self._peers.items()}
         self._write_kernel(
             Kernel(
                 policies_installed=not conflicts,
@@ -279,43 +294,14 @@ class Mesh:
                 xfrm_errors=read_xfrm_errors(),
             )
         )
-        self._write_links(links)
+        self._write_links(self._links)
 
-    def _leg(
-        self,
-        peer: str,
-        local: IpAddress,
-        remote: IpAddress,
-        pin: int,
-        sas: Mapping[tuple[IpAddress, int], xfrm.SaInfo],
-        *,
-        policies: bool,
-    ) -> LinkLeg:
-        outbound = sas.get((remote, pin))
-        current = self._current.get(peer)
-        reqid = reqid_of(peer)
-        received = [
-            sa
-            for (destination, spi), sa in sas.items()
-            if destination == local and sa.source == remote and sa.reqid == reqid and not sa.larval
-            if current is None or spi in current.spis
-        ]
-        inbound = max(received, key=lambda sa: sa.add_timestamp, default=None)
-        used = [sa for sa in (inbound, outbound) if sa is not None]
-        return LinkLeg(
-            local=local,
-            remote=remote,
-            spi_in=inbound.spi if inbound is not None else None,
-            spi_out=outbound.spi if outbound is not None else None,
-            policies=policies,
-            bytes_in=inbound.bytes if inbound is not None else 0,
-            packets_in=inbound.packets if inbound is not None else 0,
-            bytes_out=outbound.bytes if outbound is not None else 0,
-            packets_out=outbound.packets if outbound is not None else 0,
-            replay_drops=inbound.replay_drops + inbound.replay_window_drops if inbound is not None else 0,
-            integrity_failures=inbound.integrity_failures if inbound is not None else 0,
-            worn=any(is_worn(sa) for sa in used),
-        )
+
+def _addresses(keys: Iterable[PolicyKey]) -> frozenset[IpAddress]:
+    """Return the addresses that policies are about."""
+    return frozenset(
+        network.network_address for selector, _, _ in keys for network in (selector.source, selector.destination)
+    )
 
 
 async def watch(socket: xfrm.XfrmSocket, events: xfrm.XfrmEvents, wake: Callable[[], None]) -> None:
@@ -329,10 +315,14 @@ async def watch(socket: xfrm.XfrmSocket, events: xfrm.XfrmEvents, wake: Callable
 class Unprotected:
     """What stands in the mesh's place when ipsec.mode is off: keys are agreed on and go nowhere."""
 
-    async def install_inbound(self, generation: Generation) -> None:
+    async def sends(self, _peer: str) -> tuple[int, ...]:
+        """Return no SPI: there are none."""
+        return ()
+
+    async def agree(self, peer: str, sends: frozenset[int]) -> None:
         """Do nothing."""
 
-    async def install_outbound(self, generation: Generation) -> None:
+    async def install(self, generation: Generation) -> None:
         """Do nothing."""
 
     async def pin(self, generation: Generation) -> None:
@@ -353,11 +343,3 @@ def read_xfrm_errors() -> dict[str, int]:
         return {}
     pairs = (line.split() for line in text.splitlines())
     return {name: int(value) for name, value in pairs if value != "0"}
-
-
-def _suite_of(legs: tuple[LinkLeg, ...], sas: Mapping[tuple[IpAddress, int], xfrm.SaInfo]) -> Suite | None:
-    for leg in legs:
-        sa = sas.get((leg.remote, leg.spi_out)) if leg.spi_out is not None else None
-        if sa is not None and sa.aead in list(Suite):
-            return Suite(sa.aead)
-    return None

@@ -16,7 +16,8 @@ from support.clusters import cluster_toml, make_bundles
 
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.ipsec.exchange import STEP_SECONDS
-from srd.ipsec.keying import MAX_STRANGERS, Keying
+from srd.ipsec.keying import MAX_HANDSHAKES, Keying
+from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
 from srd.ipsec.sas import Generation
 from srd.model import IpsecMode, Role, SrdError, Suite
 from srd.reconcile import boottime
@@ -37,6 +38,7 @@ class Tables:
         self.pinned: dict[tuple[str, str], Generation] = {}  # (sending node, peer)
         self.keys: list[bytes] = []
         self.full = False  # no more keys are taken
+        self.slowness = 0.0  # seconds to retire
 
     def of(self, node: str) -> NodeTables:
         return NodeTables(self, node)
@@ -49,15 +51,20 @@ class NodeTables:
         self.tables = tables
         self.node = node
 
-    async def install_inbound(self, generation: Generation) -> None:
+    async def sends(self, peer: str) -> tuple[int, ...]:
+        pinned = self.tables.pinned.get((self.node, peer))
+        return tuple(leg.spi_out for leg in pinned.legs) if pinned is not None else ()
+
+    async def agree(self, peer: str, sends: frozenset[int]) -> None:
+        known = {spi for node, spi in self.tables.inbound if node == self.node}
+        assert sends <= known, f"{peer} says that it sends under keys that were never installed"
+
+    async def install(self, generation: Generation) -> None:
         if self.tables.full:
             raise SrdError("install", "an SA", "the table is full")
         for leg in generation.legs:
             self.tables.inbound[self.node, leg.spi_in] = leg.key_in
             self.tables.keys.append(leg.key_in)
-
-    async def install_outbound(self, generation: Generation) -> None:
-        for leg in generation.legs:
             self.tables.outbound[self.node, leg.spi_out] = leg.key_out
 
     async def pin(self, generation: Generation) -> None:
@@ -67,6 +74,7 @@ class NodeTables:
         self.tables.pinned[self.node, generation.peer] = generation
 
     async def retire(self, peer: str) -> None:
+        await asyncio.sleep(self.tables.slowness)
         assert (peer, self.node) in self.tables.pinned, "it retires keys that the peer may still send under"
 
     async def discard(self, generation: Generation) -> None:
@@ -161,6 +169,23 @@ async def test_the_slower_end_decides_the_suite(
             assert view.channels[peer].suite is suite
 
 
+async def test_a_node_that_comes_up_knocks_and_is_keyed_at_once(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("srd.ipsec.peering.RETRY_SECONDS", 60.0)
+    monkeypatch.setattr("srd.reconcile.BACKOFF_FIRST_SECONDS", 60.0)
+    tables = Tables()
+    one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
+    async with running(one):
+        await store.wait_for(lambda view: view.channels["redis-2"].failures > 0, 20)
+        up = boottime()
+        async with running(two):
+            view = await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+            assert view.channels["redis-2"].established is not None
+            assert view.channels["redis-2"].established - up < 5
+
+
 async def test_a_node_that_comes_back_is_keyed_anew(bundles: dict[str, Bundle]) -> None:
     tables = Tables()
     one, one_store = keying_of(bundles["redis-1"], tables, FAST_AES)
@@ -179,36 +204,52 @@ async def test_a_node_that_comes_back_is_keyed_anew(bundles: dict[str, Bundle]) 
 
 
 @pytest.mark.parametrize("asks", ["redis-1", "redis-2"])
-async def test_either_end_gets_new_keys_and_the_connection_is_never_down(bundles: dict[str, Bundle], asks: str) -> None:
+async def test_either_end_gets_new_keys_and_neither_sees_the_connection_fail(
+    bundles: dict[str, Bundle], asks: str
+) -> None:
     tables = Tables()
-    wanting: set[str] = set()
-    stores = {}
-    nodes = []
-    for name in ("redis-1", "redis-2"):
-        keying, stores[name] = keying_of(bundles[name], tables, FAST_AES, wanting if name == asks else frozenset())
-        nodes.append(keying)
-    async with running(*nodes):
-        view = await stores["redis-1"].wait_for(lambda view: view.channels["redis-2"].connected, 20)
-        since = view.channels["redis-2"].since
-        wanting |= {"redis-1", "redis-2"}
-        view = await stores["redis-1"].wait_for(lambda view: view.channels["redis-2"].keyings >= 3, 20)
-    assert view.channels["redis-2"].since == since
-    assert view.channels["redis-2"].failures == 0
+    tables.slowness = 0.3  # both ends take their time to let the old keys go
+    nodes = {name: keying_of(bundles[name], tables, FAST_AES) for name in ("redis-1", "redis-2")}
+    ends = [(store, peer) for (_, store), peer in zip(nodes.values(), ("redis-2", "redis-1"), strict=True)]
+    async with running(*(keying for keying, _ in nodes.values())):
+        since = [(await store.wait_for(lambda v, p=peer: v.channels[p].connected, 20)).channels[peer].since
+                 for store, peer in ends]  # fmt: skip
+        for keyings in (2, 3):
+            nodes[asks][0].renew("redis-2" if asks == "redis-1" else "redis-1")
+            for store, peer in ends:
+                await store.wait_for(lambda v, p=peer, k=keyings: v.channels[p].keyings == k, 20)
+        await asyncio.sleep(2 * BEAT_SECONDS)  # the former connection ends with the first beats of the last one
+        records = [store.view().channels[peer] for store, peer in ends]
+    assert [record.since for record in records] == since
+    assert [(record.connected, record.failures, record.keyings) for record in records] == [(True, 0, 3)] * 2
 
 
-async def test_a_peer_that_falls_silent_while_new_keys_fail_is_seen_to_be_gone(bundles: dict[str, Bundle]) -> None:
+async def test_keys_that_never_suffice_are_renewed_at_a_bounded_pace(bundles: dict[str, Bundle]) -> None:
     tables = Tables()
-    wanting: set[str] = set()
-    one, store = keying_of(bundles["redis-1"], tables, FAST_AES, wanting)
+    one, store = keying_of(bundles["redis-1"], tables, FAST_AES, {"redis-2"})
+    two, _ = keying_of(bundles["redis-2"], tables, FAST_AES, {"redis-1"})
+    async with running(one, two):
+        await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        await asyncio.sleep(3)
+        assert 2 <= store.view().channels["redis-2"].keyings <= 1 + 3 / RENEWAL_FLOOR_SECONDS
+
+
+async def test_a_peer_that_falls_silent_while_new_keys_fail_is_seen_to_be_gone(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = Tables()
+    one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
     two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
-    async with running(one):
-        async with running(two):
-            await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
-            tables.full = True
-            wanting.add("redis-2")
-            view = await store.wait_for(lambda view: view.channels["redis-2"].failures > 0, 20)
-            assert view.channels["redis-2"].connected
+    async with running(one, two):
+        await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        tables.full = True
+        one.renew("redis-2")
+        view = await store.wait_for(lambda view: view.channels["redis-2"].failures > 0, 20)
+        assert view.channels["redis-2"].connected
+        monkeypatch.setattr("srd.ipsec.peering.BEAT_SECONDS", 3600)
+        silent = boottime()
         await store.wait_for(lambda view: not view.channels["redis-2"].connected, 20)
+        assert boottime() - silent > SILENCE_SECONDS / 2
 
 
 async def test_garbage_and_strangers_do_not_keep_a_peer_out(bundles: dict[str, Bundle]) -> None:
@@ -219,7 +260,7 @@ async def test_garbage_and_strangers_do_not_keep_a_peer_out(bundles: dict[str, B
         strangers = []
         for number in range(50):
             # From outside, and from a peer's address: the latter get as far as a handshake.
-            source = ("127.0.0.1" if number % 4 < 2 else "127.0.1.3", 0)
+            source = ("127.0.0.1" if number % 4 < 2 else "127.0.1.1", 0)
             stranger = socket.create_connection(("127.0.1.2", KEYING_PORT), source_address=source)
             stranger.sendall(b"GET / HTTP/1.0\r\n\r\n" if number % 2 else b"\x16\x03")
             strangers.append(stranger)
@@ -234,7 +275,7 @@ async def test_idle_outsiders_are_put_out_at_once_and_take_no_place(bundles: dic
     one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
     two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
     async with running(two):
-        idle = [socket.create_connection(("127.0.1.2", KEYING_PORT)) for _ in range(MAX_STRANGERS + 44)]
+        idle = [socket.create_connection(("127.0.1.2", KEYING_PORT)) for _ in range(MAX_HANDSHAKES + 44)]
         async with running(one):
             await store.wait_for(lambda view: view.channels["redis-2"].connected, STEP_SECONDS / 2)
         for connection in idle:

@@ -118,6 +118,7 @@ class World:
             node=CONFIG.node("redis-1"),
             socket=self.kernel,
             store=self.store,
+            wake=lambda: None,
             clock=lambda: self.now,
         )
 
@@ -137,8 +138,7 @@ class World:
         assert self.kernel.changes == before, "a second pass changed something"
 
     async def key(self, made: Generation) -> None:
-        await self.mesh.install_inbound(made)
-        await self.mesh.install_outbound(made)
+        await self.mesh.install(made)
         await self.mesh.pin(made)
         await self.mesh.retire(made.peer)
 
@@ -183,7 +183,7 @@ async def test_at_every_moment_of_the_first_pass_a_packet_meets_its_final_fate_o
 
     kernel = FakeKernel(look)
     node = CONFIG.node("redis-1")
-    await Mesh(config=CONFIG, node=node, socket=kernel, store=Store(0.0)).reconcile()
+    await Mesh(config=CONFIG, node=node, socket=kernel, store=Store(0.0), wake=lambda: None).reconcile()
     assert closed == set(PROTECTED)
     assert not trouble, trouble[0]
 
@@ -210,20 +210,22 @@ async def test_a_restarted_mesh_goes_on_under_the_keys_that_are_in_use(world: Wo
     assert all(link.protected for link in world.store.view().links.values())
 
 
-async def test_old_keys_go_only_after_both_ends_have_switched(world: World) -> None:
+async def test_keys_to_receive_with_go_only_after_both_ends_have_switched_and_the_grace(world: World) -> None:
     await world.settle()
     rng = random.Random(3)
     first, second = generation(rng, "redis-2", 1), generation(rng, "redis-2", 2)
     await world.key(first)
     world.now += 60
     await world.settle()
-    await world.mesh.install_inbound(second)
-    await world.mesh.install_outbound(second)
-    await world.mesh.pin(second)
+    await world.mesh.install(second)
     await world.settle()
     assert {sa.spi for sa in await world.kernel.sas()} == first.spis | second.spis
-    await world.mesh.retire("redis-2")
+    await world.mesh.pin(second)
+    await world.settle()
     inbound = {leg.spi_in for leg in first.legs}
+    assert {sa.spi for sa in await world.kernel.sas()} == inbound | second.spis
+    await world.mesh.retire("redis-2")
+    await world.settle()
     assert {sa.spi for sa in await world.kernel.sas()} == inbound | second.spis
     world.now += GRACE_SECONDS + 1
     await world.settle()
@@ -233,7 +235,7 @@ async def test_old_keys_go_only_after_both_ends_have_switched(world: World) -> N
 async def test_a_generation_that_is_given_up_leaves_nothing(world: World) -> None:
     await world.settle()
     made = generation(random.Random(4), "redis-2", 1)
-    await world.mesh.install_inbound(made)
+    await world.mesh.install(made)
     await world.mesh.discard(made)
     assert await world.kernel.sas() == []
 
@@ -296,8 +298,7 @@ async def test_a_pass_for_another_peer_leaves_half_a_first_generation_alone(worl
     await world.settle()
     rng = random.Random(6)
     half, other = generation(rng, "redis-2", 1), generation(rng, "redis-3", 1)
-    await world.mesh.install_inbound(half)
-    await world.mesh.install_outbound(half)
+    await world.mesh.install(half)
     await world.key(other)
     await world.settle()
     assert half.spis <= {sa.spi for sa in await world.kernel.sas()}
@@ -312,7 +313,7 @@ async def test_giving_a_generation_up_touches_no_other_links_sa_of_the_same_spi(
     await world.key(kept)
     named = tuple(replace(leg, spi_out=kept.legs[0].spi_out) for leg in given_up.legs)
     hostile = replace(given_up, legs=named)
-    await world.mesh.install_inbound(hostile)
+    await world.mesh.install(hostile)
     await world.mesh.discard(hostile)
     assert {sa.spi for sa in await world.kernel.sas()} == kept.spis
 
@@ -349,10 +350,9 @@ async def walk(rng: random.Random, steps: int = 30) -> None:
         if step == "key":
             await world.key(made)
         elif step == "half":
-            await world.mesh.install_inbound(made)
-            await world.mesh.install_outbound(made)
+            await world.mesh.install(made)
         elif step == "give up":
-            await world.mesh.install_inbound(made)
+            await world.mesh.install(made)
             await world.mesh.discard(made)
         elif step == "restart":
             world.start()

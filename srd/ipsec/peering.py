@@ -1,0 +1,231 @@
+"""One peer: its one live connection, the heartbeats on it, and when new keys are made.
+
+The connection of a generation stays open for heartbeats until that of the next one has taken its place: making new
+keys may need many attempts, and a peer that falls silent meanwhile is noticed all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+import structlog
+
+from srd.config import Node
+from srd.ipsec.channel import Channel as TlsChannel
+from srd.ipsec.protocol import Beat, KeyingError
+from srd.ipsec.sas import Generation
+from srd.model import SrdError
+from srd.reconcile import boottime, contained, persistently, until_first
+from srd.state import Channel
+
+log = structlog.get_logger(__name__)
+
+BEAT_SECONDS: Final = 1.0
+# Three lost beats and the time that a busy machine may need to get to them.
+SILENCE_SECONDS: Final = 5.0
+REKEY_SECONDS: Final = 3600.0
+REKEY_JITTER: Final = 0.1
+# Keys that somebody deletes again and again, or that never suffice, must not keep two nodes busy.
+RENEWAL_FLOOR_SECONDS: Final = 0.5
+# A peer that is down is tried at least this often: a SYN costs less than a second more without heartbeats.
+RETRY_SECONDS: Final = 2.0
+
+
+class Peering:
+    """Keeps one keyed connection with one peer.
+
+    `make` makes a generation of keys over a connection, `beat` is what this node says of itself (its argument:
+    whether it wants new keys), `wants_keys` whether the link lacks keys or has worn ones. `changed` and `heard` get
+    every change of the record, and every heartbeat.
+    """
+
+    def __init__(
+        self,
+        peer: Node,
+        *,
+        make: Callable[[Node, TlsChannel], Awaitable[Generation]],
+        beat: Callable[[bool], Beat],
+        wants_keys: Callable[[str], bool],
+        changed: Callable[[Channel], None],
+        heard: Callable[[Node, Beat], None],
+    ) -> None:
+        self.peer = peer
+        self._make = make
+        self._beat = beat
+        self._wants_keys = wants_keys
+        self._changed = changed
+        self._heard = heard
+        self._record = Channel(peer=peer.name, connected=False, since=boottime())
+        self._live: TlsChannel | None = None
+        self._former: TlsChannel | None = None  # held until both ends have seen its successor
+        self._making: TlsChannel | None = None
+        self._one_at_a_time = asyncio.Lock()
+        # New keys are wanted; the leader makes them, the follower says so with each beat.
+        self._due = asyncio.Event()
+        self._keyed_at = 0.0
+        self._knocked = asyncio.Event()
+
+    @property
+    def record(self) -> Channel:
+        """What is to be shown of the connection."""
+        return self._record
+
+    def renew(self) -> None:
+        """Have new keys made, soon and whichever end leads."""
+        self._due.set()
+
+    def knock(self) -> None:
+        """Hear that the peer has just come up: do not wait to try it again."""
+        self._knocked.set()
+
+    def close(self) -> None:
+        """Give the connection up; whoever holds it ends by that."""
+        for channel in (self._live, self._former, self._making):
+            if channel is not None:
+                channel.close()
+        self._live = None
+
+    async def lead(self, connect: Callable[[], Awaitable[TlsChannel]]) -> None:
+        """Connect, make keys, and make new ones when they are due, until cancelled."""
+        policy = persistently(SrdError, note=self._failed, cap=RETRY_SECONDS, sleep=self._pause)
+        async with asyncio.TaskGroup() as holds:
+            while True:
+                channel: TlsChannel = await policy(self._keyed, connect)
+                holds.create_task(contained(f"heartbeats with {self.peer.name}", partial(self._hold, channel)))
+                await self._due.wait()
+                await asyncio.sleep(max(0.0, self._keyed_at + RENEWAL_FLOOR_SECONDS - boottime()))
+
+    async def follow(self, channel: TlsChannel) -> None:
+        """Make the keys that the peer, which has just connected, leads; then hold the connection until it ends."""
+        if self._making is not None:
+            self._making.close()  # a peer that connects anew has given that one up
+        try:
+            async with self._one_at_a_time:
+                await self._exchange(channel)
+        except SrdError as error:
+            self._failed(error)
+        else:
+            await self._hold(channel)
+        finally:
+            channel.close()
+
+    async def _keyed(self, connect: Callable[[], Awaitable[TlsChannel]]) -> TlsChannel:
+        self._knocked.clear()
+        async with self._one_at_a_time:
+            channel = await connect()
+            try:
+                await self._exchange(channel)
+            except (SrdError, asyncio.CancelledError):
+                channel.close()
+                raise
+        return channel
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._knocked.wait()
+
+    async def _exchange(self, channel: TlsChannel) -> None:
+        self._making = channel
+        try:
+            generation = await self._make(self.peer, channel)
+        finally:
+            self._making = None
+        self._established(channel, generation)
+
+    async def _hold(self, channel: TlsChannel) -> None:
+        """Exchange heartbeats until the connection fails or the next one has taken its place.
+
+        The one that is replaced ends with the first heartbeat on its successor, by which both ends know of that:
+        were it closed before, the other end would take it for a failure.
+        """
+        # Each pair at a time of its own, so that a mesh never renews all its keys at once.
+        old_at = boottime() + REKEY_SECONDS * (1 - random.uniform(0, REKEY_JITTER))  # noqa: S311 - no secret
+
+        try:
+            await until_first(partial(self._listen, channel), partial(self._speak, channel, old_at))
+        except KeyingError as error:
+            if self._live is channel:
+                self._live = None
+                self._failed(error)
+        finally:
+            channel.close()
+            if self._live in (channel, None):
+                self._live = None
+                self._end_former()
+                self._due.set()
+
+    async def _listen(self, channel: TlsChannel) -> None:
+        while True:
+            beat: Beat = await channel.receive(Beat, SILENCE_SECONDS)
+            self._heard(self.peer, beat)
+            if self._live is channel:
+                self._end_former()
+                if beat.wants_keys:
+                    self._due.set()
+
+    async def _speak(self, channel: TlsChannel, old_at: float) -> None:
+        while True:
+            if self._live is channel and (self._wants_keys(self.peer.name) or boottime() >= old_at):
+                self._due.set()
+            await channel.send(self._beat(self._due.is_set()))
+            await asyncio.sleep(BEAT_SECONDS)
+
+    def _end_former(self) -> None:
+        if self._former is not None:
+            self._former.close()
+            self._former = None
+
+    def _established(self, channel: TlsChannel, generation: Generation) -> None:
+        self._end_former()
+        self._former, self._live = self._live, channel
+        self._due.clear()
+        now, known = boottime(), self._record
+        self._keyed_at = now
+        self._update(
+            replace(
+                known,
+                connected=True,
+                since=known.since if known.connected else now,
+                generation=generation.number,
+                established=now,
+                group=channel.group,
+                suite=generation.suite,
+                suite_reason=generation.suite_reason,
+                keyings=known.keyings + 1,
+                last_error=None,
+            )
+        )
+        log.info(
+            "keys installed",
+            peer=self.peer.name,
+            generation=generation.number,
+            suite=generation.suite,
+            why=generation.suite_reason,
+            group=channel.group,
+        )
+
+    def _failed(self, error: BaseException) -> None:
+        known, connected, text = self._record, self._live is not None, str(error)
+        # A peer that is down for a day is one line, not one for every attempt.
+        if text != known.last_error:
+            log.warning("keying failed", peer=self.peer.name, error=text)
+        self._update(
+            replace(
+                known,
+                connected=connected,
+                since=known.since if connected == known.connected else boottime(),
+                failures=known.failures + 1,
+                last_error=text,
+            )
+        )
+
+    def _update(self, record: Channel) -> None:
+        self._record = record
+        self._changed(record)
