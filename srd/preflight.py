@@ -9,15 +9,22 @@ import asyncio
 import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-from srd.config import KEYING_PORT, Config
+from srd.config import KEYING_PORT, Config, Node
+from srd.control.client import is_answered
 from srd.ipsec import xfrm
 from srd.ipsec.suites import grades, read_proc_crypto
 from srd.ipsec.teardown import owned
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
 from srd.supervise.programs import LOCALHOST, check_endpoint, check_ports, check_programs
 from srd.trust.bundle import Bundle, load_bundle
+
+# An IPv6 address is tentative for a second or two (RFC 4862), and DHCP may be late at boot. After 10 s a missing address
+# is the operator's mistake, and a service manager need not try again.
+ADDRESS_TRIES: Final = 50
+ADDRESS_PAUSE_SECONDS: Final = 0.2
 
 _CAPABILITIES_FILE: Final = "/proc/self/status"
 # include/uapi/linux/capability.h
@@ -44,6 +51,10 @@ class Cleared:
 async def clear(paths: Paths) -> Cleared:
     """Check everything; the first thing that is wrong is raised as an `SrdError` with what to do about it."""
     bundle = load_bundle(paths, dt.datetime.now(dt.UTC))
+    for _ in range(ADDRESS_TRIES):
+        if not _missing_addresses(bundle.node):
+            break
+        await asyncio.sleep(ADDRESS_PAUSE_SECONDS)
     found = await asyncio.to_thread(_problems_of, bundle, paths)
     if found:
         raise found[0]
@@ -54,9 +65,10 @@ async def problems(paths: Paths) -> list[SrdError]:
     """Check everything and return all that is wrong, in the order in which `clear` would have met it."""
     try:
         bundle = load_bundle(paths, dt.datetime.now(dt.UTC))
+        running = await asyncio.to_thread(is_answered, paths.control_socket)
     except SrdError as error:
         return [error]
-    found = await asyncio.to_thread(_problems_of, bundle, paths)
+    found = await asyncio.to_thread(partial(_problems_of, bundle, paths, running=running))
     if any(isinstance(problem, PermissionRefusedError) for problem in found):
         return found  # the kernel would refuse the probe for the same reason
     try:
@@ -66,10 +78,14 @@ async def problems(paths: Paths) -> list[SrdError]:
     return found
 
 
-def _problems_of(bundle: Bundle, paths: Paths) -> list[SrdError]:
+def _missing_addresses(node: Node) -> list[SrdError]:
+    return [problem for address in node.addresses if (problem := check_endpoint(Endpoint(address, 0)))]
+
+
+def _problems_of(bundle: Bundle, paths: Paths, *, running: bool = False) -> list[SrdError]:
+    """Return what is wrong; the ports of the srd that is `running` are its own."""
     config, node = bundle.config, bundle.node
-    strangers = [problem for address in node.addresses if (problem := check_endpoint(Endpoint(address, 0)))]
-    if strangers:  # of a machine that is not the bundle's, nothing else is worth saying
+    if strangers := _missing_addresses(node):  # of a machine that is not the bundle's, nothing else is worth saying
         return strangers
     own = [Endpoint(address, port) for port in (KEYING_PORT, config.http.port) for address in node.addresses]
     if config.listen_localhost and LOCALHOST not in node.addresses:
@@ -78,7 +94,7 @@ def _problems_of(bundle: Bundle, paths: Paths) -> list[SrdError]:
         *_missing_capabilities(config),
         *check_programs(config, node),
         *check_ports(config, node, paths),
-        *(problem for endpoint in own if (problem := check_endpoint(endpoint))),
+        *(problem for endpoint in own if not running and (problem := check_endpoint(endpoint))),
     ]
 
 
@@ -130,5 +146,5 @@ async def _check_leftovers() -> None:
             "go without IPsec",
             "",
             f'{len(left.policies)} policies of a srd with ipsec.mode = "esp" are in the kernel',
-            "srd teardown removes them",
+            "srd teardown removes them (while its children run, it first needs a start and a stop with the old mode)",
         )

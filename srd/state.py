@@ -18,7 +18,7 @@ from srd.model import Endpoint, IpAddress, IpsecMode, NodeKind, Role, Service, S
 
 
 class ChildState(enum.StrEnum):
-    """Where a child is in its life; the table of transitions is in supervise/process.py."""
+    """Where a child is in its life; the table of transitions is in supervise/machine.py."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -275,6 +275,7 @@ class Code(enum.StrEnum):
     FOREIGN_POLICY = "foreign_policy"
     LINK_UNPROTECTED = "link_unprotected"
     CHANNEL_DOWN = "channel_down"
+    REKEY_FAILING = "rekey_failing"
     CHILD_DOWN = "child_down"
     CHILD_WAITING = "child_waiting"
     NO_MAJORITY = "no_majority"
@@ -366,10 +367,14 @@ def _cluster_conditions(s: Situation) -> list[Condition]:
     found = []
     for peer in s.config.peers_of(s.node.name):
         channel = s.view.channels.get(peer.name)
-        if channel is None or channel.connected or s.now - channel.since < CHANNEL_HOLD_SECONDS:
+        if channel is None:
             continue
         text = channel.last_error or "it does not answer"
-        found.append(Condition(Code.CHANNEL_DOWN, Severity.WARNING, peer.name, f"keying channel down: {text}"))
+        if channel.connected and channel.last_error is not None:
+            text = f"its keys are not renewed, and end after 8 hours: {text}"
+            found.append(Condition(Code.REKEY_FAILING, Severity.WARNING, peer.name, text))
+        elif not channel.connected and s.now - channel.since >= CHANNEL_HOLD_SECONDS:
+            found.append(Condition(Code.CHANNEL_DOWN, Severity.WARNING, peer.name, f"keying channel down: {text}"))
     lease = s.view.lease
     if lease is None or lease.reachable < s.config.majority:
         reachable = lease.reachable if lease is not None else 0

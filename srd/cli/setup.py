@@ -38,17 +38,21 @@ def init_command(cluster: str | None, nodes: tuple[str, ...], file: Path | None,
 
 def _cluster_toml(cluster: str, nodes: tuple[str, ...]) -> str:
     # A JSON string is a TOML basic string: whatever was typed reaches the checks of config.py as it is.
-    parts = [f"cluster = {json.dumps(cluster)}\n"]
+    parts = [f"cluster = {_quoted(cluster)}\n"]
     for text in nodes:
         name, equals, addresses = text.partition("=")
         if not equals:
             msg = f"--node {text}: it is not NAME=ADDRESS"
             raise click.UsageError(msg)
-        parts.append(f"\n[[node]]\nname = {json.dumps(name)}\naddresses = {json.dumps(addresses.split(','))}\n")
+        parts.append(f"\n[[node]]\nname = {_quoted(name)}\naddresses = {_quoted(addresses.split(','))}\n")
     if not nodes:
         msg = "no --node given"
         raise click.UsageError(msg)
     return "".join(parts)
+
+
+def _quoted(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogate pairs
 
 
 def _read(file: Path | None) -> str:

@@ -112,7 +112,7 @@ def _links(document: Document) -> None:
     print_table(["PEER", "ADDRESS", "STATE", "SUITE", "KEY EXCHANGE", "AGE", "SPI IN/OUT", "IN / OUT", "DROPS"], rows)
     for link in document["links"]:
         error = (link["channel"] or {}).get("last_error")
-        if error and not link["channel"]["connected"]:
+        if error:
             click.echo(f"{link['peer']}: {error}")
     for counter, number in ((document["kernel"] or {}).get("xfrm_errors") or {}).items():
         click.echo(f"{counter}: {number}")

@@ -6,6 +6,7 @@ import asyncio
 
 import click
 
+from srd.config import KEYING_PORT
 from srd.control.client import is_answered
 from srd.model import Paths, RefusedError
 
@@ -18,24 +19,25 @@ _OPERATION = "remove the protection"
 def teardown_command(paths: Paths) -> None:
     """Remove srd's IPsec policies and keys from the kernel: nothing else does, neither a stop nor a crash.
 
-    Refused while srd or one of its children runs here. What is not srd's stays.
+    Refused while srd runs here, or a program that listens where redis or sentinel would. What is not srd's stays.
     """
+    click.echo(asyncio.run(_teardown(paths)))
+
+
+async def _teardown(paths: Paths) -> str:
     from srd.ipsec import teardown, xfrm  # noqa: PLC0415 - pyroute2 takes 0.2 s to import
-    from srd.supervise.programs import running_children  # noqa: PLC0415 - as above, for msgspec
+    from srd.supervise.programs import listener_of  # noqa: PLC0415 - as above, for msgspec
 
-    if is_answered(paths.control_socket):
+    if is_answered(paths.control_socket) or listener_of(KEYING_PORT) is not None:
         raise RefusedError(_OPERATION, "", "srd is running", "stop it first: systemctl stop srd")
-    if children := running_children(paths):
-        raise RefusedError(
-            _OPERATION,
-            "",
-            f"{', '.join(sorted(children))} run on without srd, and would go on in plaintext",
-            "start srd, which adopts them, and stop it",
-        )
-
-    async def remove() -> teardown.Owned:
-        async with xfrm.XfrmSocket() as kernel:
-            return await teardown.teardown(kernel)
-
-    removed = asyncio.run(remove())
-    click.echo(f"removed {len(removed.policies)} policies and {len(removed.sas)} SAs")
+    async with xfrm.XfrmSocket() as kernel:
+        for port in sorted(teardown.protected_ports(await teardown.owned(kernel))):
+            if (listener := listener_of(port)) is not None:
+                raise RefusedError(
+                    _OPERATION,
+                    "",
+                    f"{listener} listens on port {port} and would go on in plaintext",
+                    "start srd, which adopts its children, and stop it",
+                )
+        removed = await teardown.teardown(kernel)
+    return f"removed {len(removed.policies)} policies and {len(removed.sas)} SAs"

@@ -50,13 +50,13 @@ def is_answered(control_socket: Path) -> bool:
     """Return whether a daemon holds the socket; `SrdError` when that cannot be found out."""
     where = str(control_socket)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
+        probe.setblocking(False)
         try:
             probe.connect(where)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        except TimeoutError:
-            return True  # its backlog is full: somebody holds it
+        except BlockingIOError:
+            return True  # unix(7): its backlog is full, so somebody holds it
         except PermissionError as error:
             raise PermissionRefusedError(_OPERATION, where, "permission denied", "run this as root") from error
         except OSError as error:

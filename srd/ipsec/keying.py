@@ -251,7 +251,7 @@ class Keying:
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._mark)
             if not listening:
                 # Closing resets instead of lingering 60 s in TIME_WAIT: with eight client ports, eight reconnections
-                # in a minute would otherwise use them up. Every message is answered, so a reset loses nothing.
+                # in a minute would otherwise use them up. Connections end when nobody needs them: nothing is lost.
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             made.bind((str(address), port))
             if listening:

@@ -93,7 +93,7 @@ def listen_endpoints(config: Config, node: Node, service: Service) -> tuple[Endp
     return tuple(Endpoint(address, port) for address in (*node.addresses, *((LOCALHOST,) if local else ())))
 
 
-def running_children(paths: Paths) -> frozenset[Service]:
+def _own_children(paths: Paths) -> frozenset[Service]:
     """Return the services of this node that run as children of a srd, be it there or gone."""
     alive = set()
     try:
@@ -111,7 +111,7 @@ def running_children(paths: Paths) -> frozenset[Service]:
 
 def check_ports(config: Config, node: Node, paths: Paths) -> list[SrdError]:
     """Return the ports of this node's services that cannot be had; those that srd's own children hold do not count."""
-    own = running_children(paths)
+    own = _own_children(paths)
     found = [
         check_endpoint(endpoint)
         for service in services_of(node)
@@ -137,7 +137,7 @@ def check_endpoint(endpoint: Endpoint) -> SrdError | None:
 
 def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
     if error.errno == errno.EADDRINUSE:
-        who = _listener(endpoint.port) or "another program"
+        who = listener_of(endpoint.port) or "another program"
         return ConfigError("listen on", str(endpoint), f"{who} does already, and srd did not start it", "stop it")
     if error.errno == errno.EADDRNOTAVAIL:
         remedy = "give the interface this address, or correct cluster.toml"
@@ -147,16 +147,18 @@ def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
     return SrdError("listen on", str(endpoint), error.strerror or str(error))
 
 
-def _listener(port: int) -> str | None:
-    """Return «pid 12 (name)» of whoever listens on a port, as far as this process may see."""
+def listener_of(port: int) -> str | None:
+    """Return «pid 12 (name)» of who listens on a TCP port, «another program» if that is hidden, None if nobody does."""
     inodes = {f"socket:[{inode}]" for table in ("tcp", "tcp6") for inode in _listening_inodes(table, port)}
+    if not inodes:
+        return None
     for process in sorted(_PROC.glob("[0-9]*")):
         # Processes end while they are looked at, and other users' descriptors are theirs.
         with contextlib.suppress(OSError):
             for descriptor in (process / "fd").iterdir():
                 if str(descriptor.readlink()) in inodes:
                     return f"pid {process.name} ({(process / 'comm').read_text().strip()})"
-    return None
+    return "another program"
 
 
 def _listening_inodes(table: str, port: int) -> list[str]:

@@ -67,13 +67,14 @@ class FakeKernel:
         self._numbers = itertools.count(1)
         self._changed = changed
         self.changes: list[str] = []
-        self.carried: dict[tuple[IpAddress, int], int] = {}  # bytes under an SA, where a test says so
+        # Bytes and packets under an SA, where a test says so.
+        self.carried: dict[tuple[IpAddress, int], tuple[int, int]] = {}
 
     async def policies(self) -> list[PolicyInfo]:
         return [PolicyInfo(policy, Lifetime(), 0, 0) for policy in self._policies.values()]
 
     async def sas(self) -> list[SaInfo]:
-        return [_info(sa, self.carried.get(key, 0)) for key, sa in self._sas.items()]
+        return [_info(sa, *self.carried.get(key, (0, 0))) for key, sa in self._sas.items()]
 
     async def add_policy(self, policy: Policy) -> None:
         if identity(policy) in self._policies:
@@ -165,7 +166,7 @@ def _selects(selector: Selector, packet: Packet) -> bool:
     )
 
 
-def _info(sa: Sa, carried: int) -> SaInfo:
+def _info(sa: Sa, carried_bytes: int, carried_packets: int) -> SaInfo:
     return SaInfo(
         source=sa.source,
         destination=sa.destination,
@@ -182,8 +183,8 @@ def _info(sa: Sa, carried: int) -> SaInfo:
         esn=sa.esn,
         replay_window=sa.replay_window,
         lifetime=sa.lifetime,
-        bytes=carried,
-        packets=0,
+        bytes=carried_bytes,
+        packets=carried_packets,
         add_timestamp=0,
         use_timestamp=0,
         sequence=0,

@@ -286,6 +286,7 @@ def test_sizes(count: int | None, text: str) -> None:
         (("orders",), 2, "no --node given"),
         (("orders", "--node", "192.0.2.1"), 2, "it is not NAME=ADDRESS"),
         (('or"ders', "--node", "a=192.0.2.1"), 78, "of these arguments:1: cluster: 'or\"ders' is not a name"),
+        (("\U0001f600", "--node", "a=192.0.2.1"), 78, "is not a name"),
         (("orders", "--node", "a=192.0.2.1,here"), 78, "'here' is not an IP address"),
         (("orders", "--node", "a=192.0.2.1", "--node", "a=192.0.2.2"), 78, "a is node 'a' already"),
         (("orders", "--node", "client=192.0.2.1"), 78, "no node may be called 'client'"),

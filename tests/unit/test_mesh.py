@@ -15,9 +15,9 @@ from srd.config import Config, parse_config
 from srd.ipsec.mesh import GRACE_SECONDS, Mesh
 from srd.ipsec.policies import KEYING_MARK, owns_index
 from srd.ipsec.sas import LIFETIME, Generation, KeyedLeg
-from srd.ipsec.teardown import teardown
-from srd.ipsec.xfrm import Action, Aead, Direction, Policy, Sa, Selector
-from srd.model import Suite
+from srd.ipsec.teardown import protected_ports, teardown
+from srd.ipsec.xfrm import Action, Aead, Direction, Policy, Sa, SaInfo, Selector
+from srd.model import IpAddress, Suite
 from srd.state import Store
 
 TEXT = """
@@ -278,7 +278,7 @@ async def test_a_foreign_policy_in_the_place_of_srds_is_a_conflict_whatever_its_
     assert view.links["redis-3"].protected
 
 
-async def test_teardown_removes_what_is_srds_and_nothing_else_and_redis_ports_are_closed_to_the_last(
+async def test_teardown_removes_what_is_srds_and_nothing_else_and_outsiders_reach_redis_only_at_its_end(
     world: World,
 ) -> None:
     await world.kernel.add_policy(STRANGER)
@@ -286,12 +286,39 @@ async def test_teardown_removes_what_is_srds_and_nothing_else_and_redis_ports_ar
     await world.settle()
     await world.key_all()
     world.closed = False
-    removed = await teardown(world.kernel)
+    open_after: list[int] = []
+
+    def look() -> None:
+        if (
+            world.kernel.fate(Packet(Direction.IN, OUTSIDER, ip_address("192.0.2.1"), TCP, 40000, 6379))
+            is Fate.PLAINTEXT
+        ):
+            open_after.append(len(world.kernel._policies))
+
+    world.kernel._changed = look
+    expiring = next(iter(world.kernel._sas))
+    removed = await teardown(Expiring(world.kernel, expiring))
     assert (len(removed.sas), len(removed.policies)) == (8, len(world.mesh._rules))
+    assert protected_ports(removed) == {6379, 26379}
     assert [info.policy for info in await world.kernel.policies()] == [STRANGER]
     assert [sa.spi for sa in await world.kernel.sas()] == [STRANGERS_SA.spi]
-    last = [change for change in world.kernel.changes if change.startswith("delete")][-1]
-    assert "6379" in last
+    assert max(open_after) <= 8, "only policies that block are left by then"
+
+
+class Expiring:
+    """A kernel in which an SA ends between being seen and being deleted."""
+
+    def __init__(self, kernel: FakeKernel, gone: tuple[IpAddress, int]) -> None:
+        self.policies, self.delete_policy = kernel.policies, kernel.delete_policy
+        self._kernel, self._gone = kernel, gone
+
+    async def sas(self) -> list[SaInfo]:
+        seen = await self._kernel.sas()
+        await self._kernel.delete_sa(*self._gone)
+        return seen
+
+    async def delete_sa(self, destination: IpAddress, spi: int) -> None:
+        await self._kernel.delete_sa(destination, spi)
 
 
 async def test_a_pass_for_another_peer_leaves_half_a_first_generation_alone(world: World) -> None:
@@ -326,9 +353,16 @@ async def test_keys_that_have_carried_enough_are_worn_until_they_are_replaced(wo
     soft = LIFETIME.soft_bytes
     assert soft is not None
     leg = first.legs[1]
-    for destination, spi in ((leg.local, leg.spi_in), (leg.remote, leg.spi_out)):
-        for carried, worn in ((soft - 1, False), (soft, True)):
-            world.kernel.carried = {(destination, spi): carried}
+    packets = LIFETIME.soft_packets
+    assert packets is not None
+    for sa in ((leg.local, leg.spi_in), (leg.remote, leg.spi_out)):
+        for carried, worn in (
+            ((soft - 1, 0), False),
+            ((soft, 0), True),
+            ((0, packets - 1), False),
+            ((0, packets), True),
+        ):
+            world.kernel.carried = {sa: carried}
             await world.settle()
             assert world.store.view().links["redis-2"].worn is worn
     await world.key(second)

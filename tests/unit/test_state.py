@@ -68,6 +68,13 @@ def test_a_lost_keying_channel_shows_after_a_while(age: float, shown: bool) -> N
     assert (Code.CHANNEL_DOWN in found) is shown
 
 
+def test_keys_that_cannot_be_renewed_show_while_the_old_ones_still_do_their_work() -> None:
+    whole = primary_situation()
+    failing = replace(whole.view.channels["redis-2"], last_error="no such suite")
+    found = codes(seen(whole, channels={**whole.view.channels, "redis-2": failing}))
+    assert found == {Code.REKEY_FAILING: (Severity.WARNING, "redis-2")}
+
+
 @pytest.mark.parametrize("state", [state for state in ChildState if state is not ChildState.READY])
 def test_a_child_that_is_not_ready_is_critical(state: ChildState) -> None:
     whole = primary_situation()
