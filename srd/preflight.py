@@ -21,7 +21,7 @@ from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefused
 from srd.supervise.programs import LOCALHOST, check_endpoint, check_ports, check_programs
 from srd.trust.bundle import Bundle, load_bundle
 
-# An IPv6 address is tentative for a second or two (RFC 4862), and DHCP may be late at boot. After 10 s a missing address
+# An IPv6 address is tentative for a second or two (RFC 4862), and DHCP may be late at boot. What is missing after 10 s
 # is the operator's mistake, and a service manager need not try again.
 ADDRESS_TRIES: Final = 50
 ADDRESS_PAUSE_SECONDS: Final = 0.2

@@ -287,16 +287,14 @@ async def test_teardown_removes_what_is_srds_and_nothing_else_and_outsiders_reac
     await world.key_all()
     world.closed = False
     open_after: list[int] = []
+    knocking = Packet(Direction.IN, OUTSIDER, ip_address("192.0.2.1"), TCP, 40000, 6379)
 
     def look() -> None:
-        if (
-            world.kernel.fate(Packet(Direction.IN, OUTSIDER, ip_address("192.0.2.1"), TCP, 40000, 6379))
-            is Fate.PLAINTEXT
-        ):
+        if world.kernel.fate(knocking) is Fate.PLAINTEXT:
             open_after.append(len(world.kernel._policies))
 
     world.kernel._changed = look
-    expiring = next(iter(world.kernel._sas))
+    expiring = list(world.kernel._sas)[-1]
     removed = await teardown(Expiring(world.kernel, expiring))
     assert (len(removed.sas), len(removed.policies)) == (8, len(world.mesh._rules))
     assert protected_ports(removed) == {6379, 26379}
@@ -355,13 +353,9 @@ async def test_keys_that_have_carried_enough_are_worn_until_they_are_replaced(wo
     leg = first.legs[1]
     packets = LIFETIME.soft_packets
     assert packets is not None
+    cases = {(soft - 1, packets - 1): False, (soft, 0): True, (0, packets): True}
     for sa in ((leg.local, leg.spi_in), (leg.remote, leg.spi_out)):
-        for carried, worn in (
-            ((soft - 1, 0), False),
-            ((soft, 0), True),
-            ((0, packets - 1), False),
-            ((0, packets), True),
-        ):
+        for carried, worn in cases.items():
             world.kernel.carried = {sa: carried}
             await world.settle()
             assert world.store.view().links["redis-2"].worn is worn
