@@ -199,3 +199,8 @@ def test_a_second_srd_is_refused_and_the_first_goes_on(lab: Lab) -> None:
     assert done.returncode == 78
     assert "another program" in done.stderr or "already" in done.stderr
     assert lab.srd("redis-1", "status")["health"] == "ok"
+
+
+def test_a_node_that_runs_can_be_checked(lab: Lab) -> None:
+    lab.wait_whole()
+    assert lab.on("redis-1", "srd", "check").stdout == "this node can run\n"

@@ -230,6 +230,19 @@ def test_only_a_teardown_removes_protection_and_not_while_anything_runs(lab: Lab
     lab.wait_whole()
 
 
+def test_keys_that_are_deleted_come_back_within_seconds_and_nothing_leaves_without_them(lab: Lab) -> None:
+    lab.wait_whole()
+    node = lab.nodes[-1]
+    before = spis(lab, node)
+    lab.on(node, "ip", "xfrm", "state", "flush")
+    lab.wait(lambda: len(spis(lab, node) - before) >= 4, "new keys with both peers")
+    lab.wait_whole()
+    for other in lab.nodes:
+        for link in lab.srd(other, "links")["links"]:
+            assert link["channel"]["connected"], link
+            assert link["channel"]["last_error"] is None, link
+
+
 def test_a_node_that_is_cut_off_is_back_by_itself(lab: Lab) -> None:
     lab.wait_whole()
     node = next(node for node in lab.nodes if node != lab.primary())
