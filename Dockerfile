@@ -12,7 +12,7 @@ RUN /opt/srd/bin/pip install --no-cache-dir --no-deps /src
 
 FROM debian:12-slim
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 redis-tools stunnel4 curl \
+    && apt-get install -y --no-install-recommends python3 redis-tools stunnel4 nftables curl \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/srd /opt/srd
 ENV PATH=/opt/srd/bin:$PATH PYTHONUNBUFFERED=1

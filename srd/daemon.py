@@ -20,11 +20,13 @@ from typing import Any, Final
 
 import structlog
 
+from srd import closing
 from srd.control.server import ControlServer
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.observe import Observer
 from srd.ipsec import xfrm
+from srd.ipsec.backstop import SecondNet
 from srd.ipsec.exchange import Installer
 from srd.ipsec.keying import Keying
 from srd.ipsec.mesh import Mesh, Unprotected, watch
@@ -49,6 +51,8 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 # A pass over the kernel's tables that finds nothing to do costs two dumps; events wake it in between.
 MESH_RESYNC_SECONDS: Final = 2.0
+# A look at netfilter's rules costs two to four processes.
+NET_RESYNC_SECONDS: Final = 30.0
 SERVICES_RESYNC_SECONDS: Final = 0.5
 # A start of all three children, on a machine where each takes seconds.
 PASS_SECONDS: Final = 60.0
@@ -62,6 +66,7 @@ async def run(paths: Paths) -> None:
     cleared = await clear(paths)
     for directory in (paths.state_dir, paths.run_dir, paths.log_dir):
         await asyncio.to_thread(make_own_directory, directory, TRAVERSABLE_DIRECTORY)
+    await asyncio.to_thread(closing.remember, paths)
     await Daemon(cleared, paths, notifier).run()
 
 
@@ -96,6 +101,7 @@ class Daemon:
             "services", self._services.reconcile, resync=SERVICES_RESYNC_SECONDS, timeout=PASS_SECONDS
         )
         self._mesh_loop: Loop | None = None
+        self._net_loop: Loop | None = None
 
     def situation(self) -> Situation:
         """Return the one snapshot that every judgement and every answer is made from."""
@@ -114,7 +120,13 @@ class Daemon:
                 # Every policy stands before this node speaks to a peer or answers one for the first time.
                 await mesh.reconcile()
                 self._mesh_loop = Loop("mesh", mesh.reconcile, resync=MESH_RESYNC_SECONDS, timeout=PASS_SECONDS)
-                bodies += [self._mesh_loop.run, partial(watch, kernel, xfrm.XfrmEvents(), self._mesh_loop.wake)]
+                net = SecondNet(config=self._config, node=self._node, store=self._store)
+                self._net_loop = Loop("second net", net.reconcile, resync=NET_RESYNC_SECONDS, timeout=PASS_SECONDS)
+                bodies += [
+                    self._mesh_loop.run,
+                    self._net_loop.run,
+                    partial(watch, kernel, xfrm.XfrmEvents(), self._mesh_loop.wake),
+                ]
             web = WebServer(self.situation, version=VERSION, loops=self._loops)
             await web.start()
             stack.push_async_callback(web.stop)
@@ -192,8 +204,8 @@ class Daemon:
         self._services_loop.wake()
 
     def _loops(self) -> tuple[Loop, ...]:
-        mesh = (self._mesh_loop,) if self._mesh_loop is not None else ()
-        return (self._observer.loop, self._services_loop, *mesh)
+        ipsec = [loop for loop in (self._mesh_loop, self._net_loop) if loop is not None]
+        return (self._observer.loop, self._services_loop, *ipsec)
 
     # --- the service manager and signals
 

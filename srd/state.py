@@ -185,6 +185,14 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Backstop:
+    """The second net outside XFRM: what keeps its rules (None: nothing here can), how often they were put back."""
+
+    keeper: str | None
+    mended: int
+
+
+@dataclass(frozen=True, slots=True)
 class RoleChange:
     """One change of who is primary, as this node saw it; `at_timestamp` is Unix seconds, to show to people."""
 
@@ -203,6 +211,7 @@ class View:
     channels: Mapping[str, Channel] = field(default_factory=dict)
     peers: Mapping[str, PeerReport] = field(default_factory=dict)
     kernel: Kernel | None = None
+    backstop: Backstop | None = None
     redis: Redis | None = None
     sentinels: Mapping[str, SentinelAnswer] = field(default_factory=dict)
     lease: Lease | None = None
@@ -273,6 +282,7 @@ class Code(enum.StrEnum):
     IPSEC_OFF = "ipsec_off"
     POLICIES_MISSING = "policies_missing"
     FOREIGN_POLICY = "foreign_policy"
+    NO_SECOND_NET = "no_second_net"
     LINK_UNPROTECTED = "link_unprotected"
     CHANNEL_DOWN = "channel_down"
     REKEY_FAILING = "rekey_failing"
@@ -340,6 +350,9 @@ def _ipsec_conditions(s: Situation) -> list[Condition]:
             Condition(Code.FOREIGN_POLICY, Severity.CRITICAL, what, "a policy that is not srd's comes before srd's")
             for what in kernel.foreign_overrides
         ]
+    if s.view.backstop is not None and s.view.backstop.keeper is None:
+        text = "neither nft nor iptables can drop what IPsec has not transformed: install nftables"
+        found.append(Condition(Code.NO_SECOND_NET, Severity.WARNING, s.node.name, text))
     for peer in s.config.peers_of(s.node.name):
         link = s.view.links.get(peer.name)
         if link is None or not link.protected:

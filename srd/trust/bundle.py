@@ -134,12 +134,9 @@ def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
     passwords = _secrets(directory / "secrets.toml")
     node_certificate, node_key = _pair(directory, "node", authority, now)
     tls_certificate, _ = _pair(directory, "tls", authority, now)
-    path = str(directory / "node.crt")
-    try:
-        identity = identify(node_certificate)
-    except ValueError as error:
-        raise ConfigError("use", path, str(error), "take the bundle that srd init made for this node") from error
-    node = _member(config, identity, path)
+    path = directory / "node.crt"
+    identity = _identity(node_certificate, path)
+    node = _member(config, identity, str(path))
     return Bundle(
         config=config,
         node=node,
@@ -155,6 +152,20 @@ def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
             for name, certificate in (("ca", authority), ("node", node_certificate), ("tls", tls_certificate))
         },
     )
+
+
+def load_member(paths: Paths, cluster_file: Path) -> tuple[Config, Node]:
+    """Read a cluster.toml, and which of its nodes this is by the certificate, whether that is valid now or not."""
+    config = load_config(cluster_file)
+    path = paths.config_dir / "node.crt"
+    return config, _member(config, _identity(_certificate(path), path), str(path))
+
+
+def _identity(certificate: x509.Certificate, path: Path) -> Identity:
+    try:
+        return identify(certificate)
+    except ValueError as error:
+        raise ConfigError("use", str(path), str(error), "take the bundle that srd init made for this node") from error
 
 
 def _member(config: Config, identity: Identity, path: str) -> Node:

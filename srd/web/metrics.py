@@ -251,6 +251,9 @@ def _ipsec_samples(s: Situation) -> Iterator[Sample]:
     yield "srd_ipsec_protected", (), health.protected(s)
     if not required:
         return
+    if s.view.backstop is not None:
+        yield "srd_ipsec_second_net", (), s.view.backstop.keeper is not None
+        yield "srd_ipsec_second_net_mended_total", (), s.view.backstop.mended
     kernel = s.view.kernel
     if kernel is not None:
         yield "srd_ipsec_policies_installed", (), kernel.policies_installed

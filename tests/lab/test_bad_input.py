@@ -38,8 +38,8 @@ def bundle(clusters: dict[str, Path], tmp_path: Path) -> Path:
     return shutil.copytree(clusters["mine"] / "redis-1", tmp_path / "bundle")
 
 
-def run(bundle: Path, verb: str, *prefix: str) -> subprocess.CompletedProcess[str]:
-    command = ["on", STATION, *prefix, "srd", "--config-dir", str(bundle), verb]
+def run(bundle: Path, verb: str, *prefix: str, after: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = ["on", STATION, *prefix, "srd", "--config-dir", str(bundle), verb, *after]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
@@ -173,6 +173,31 @@ def test_a_port_that_another_program_holds(bundle: Path, address: str, port: int
         refused(bundle, 78, f"{address}:{port}", "srd did not start it")
     finally:
         squatter.communicate(b"")
+
+
+@pytest.mark.before_the_cluster
+@pytest.mark.parametrize("spoil", ["nothing", "expired", "wrong file"])
+def test_a_node_can_be_closed_before_srd_runs_whatever_is_wrong_with_its_bundle(bundle: Path, spoil: str) -> None:
+    last = Path(f"/var/lab/{STATION}/var/lib/srd/cluster.toml")
+    if spoil == "wrong file":
+        shutil.copy(bundle / "cluster.toml", last)
+        (bundle / "cluster.toml").write_text("cluster = ")
+    now = subprocess.run(["date", "+%s"], check=True, capture_output=True, text=True).stdout.strip()
+    if spoil == "expired":
+        subprocess.run(["date", "-s", "+4 years"], check=True, capture_output=True)
+    try:
+        done = run(bundle, "close")
+        assert done.returncode == 0, done.stderr
+        assert "redis-1 is closed to plaintext with 2 peers (second net: iptables-legacy)" in done.stdout
+        ping = ["on", STATION, "ping", "-c", "1", "-W", "1", "192.168.205.11"]
+        assert subprocess.run(ping, check=False, capture_output=True).returncode != 0
+    finally:
+        subprocess.run(["date", "-s", f"@{now}"], check=True, capture_output=True)
+        last.unlink(missing_ok=True)
+        assert run(bundle, "teardown", after=("--yes",)).returncode == 0
+    assert world() == ("", world()[1])
+    rules = subprocess.run(["on", STATION, "iptables-legacy-save"], check=True, capture_output=True, text=True).stdout
+    assert "SRD" not in rules
 
 
 @pytest.mark.before_the_cluster

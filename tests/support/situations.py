@@ -7,6 +7,7 @@ from typing import Any
 from srd.config import Config, parse_config
 from srd.model import Endpoint, NodeKind, Role, Service, Suite
 from srd.state import (
+    Backstop,
     Channel,
     Child,
     ChildState,
@@ -104,6 +105,7 @@ def _view(cluster: Config, me: str) -> View:
         },
         peers={name: PeerReport(name, NOW - 0.1, "0.1.0", True, Role.REPLICA, True, OFFSET) for name in peers},
         kernel=Kernel(policies_installed=True),
+        backstop=Backstop(keeper="nftables", mended=0),
         sentinels={
             node.name: SentinelAnswer(node.name, NOW - 0.2, at(1), 3, False, 3, 2, frozenset({"master"}))
             for node in cluster.voters

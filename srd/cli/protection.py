@@ -1,4 +1,4 @@
-"""`srd teardown` takes this node's protection out of the kernel."""
+"""`srd close` and `srd teardown`: protection without the daemon, put in place and taken away."""
 
 from __future__ import annotations
 
@@ -13,11 +13,24 @@ from srd.model import Paths, RefusedError
 _OPERATION = "remove the protection"
 
 
+@click.command("close")
+@click.pass_obj
+def close_command(paths: Paths) -> None:
+    """Put the IPsec policies and the second net in place, without a daemon: from then on nothing passes unprotected.
+
+    What has keys goes on under them, everything else between the nodes is dropped until srd runs. For the boot, before
+    the network: srd-failclosed.service does this.
+    """
+    from srd.closing import close  # noqa: PLC0415 - pyroute2 takes 0.2 s to import
+
+    click.echo(asyncio.run(close(paths)))
+
+
 @click.command("teardown")
 @click.confirmation_option(prompt="This machine and its peers will speak in plaintext. Remove the protection?")
 @click.pass_obj
 def teardown_command(paths: Paths) -> None:
-    """Remove srd's IPsec policies and keys from the kernel: nothing else does, neither a stop nor a crash.
+    """Remove srd's IPsec policies and keys, and the second net: nothing else does, neither a stop nor a crash.
 
     Refused while srd runs here, or a program that listens where redis or sentinel would. What is not srd's stays.
     """
@@ -25,7 +38,7 @@ def teardown_command(paths: Paths) -> None:
 
 
 async def _teardown(paths: Paths) -> str:
-    from srd.ipsec import teardown, xfrm  # noqa: PLC0415 - pyroute2 takes 0.2 s to import
+    from srd.ipsec import backstop, teardown, xfrm  # noqa: PLC0415 - as above
     from srd.supervise.programs import listener_of  # noqa: PLC0415 - as above, for msgspec
 
     if is_answered(paths.control_socket) or listener_of(KEYING_PORT) is not None:
@@ -40,4 +53,8 @@ async def _teardown(paths: Paths) -> str:
                     "start srd, which adopts its children, and stop it",
                 )
         removed = await teardown.teardown(kernel)
+    # The second net last: it drops what the policies no longer cover.
+    keeper = await backstop.find_keeper()
+    if keeper is not None:
+        await keeper.remove()
     return f"removed {len(removed.policies)} policies and {len(removed.sas)} SAs"

@@ -1,0 +1,60 @@
+"""Fail closed without the daemon: what `srd close` puts in place before the network is up.
+
+The mesh's first pass does exactly this: policies whose keys are there go on, all others drop what they cover. It needs
+neither addresses nor peers, and no valid certificate: an expired one keeps srd from starting, and must not open a node.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from srd.config import Config, Node
+from srd.ipsec import xfrm
+from srd.ipsec.backstop import SecondNet
+from srd.ipsec.mesh import Mesh
+from srd.model import IpsecMode, Paths, SrdError
+from srd.state import Store
+from srd.supervise.files import write_private
+from srd.trust.bundle import load_member
+
+LAST_GOOD_NAME: Final = "cluster.toml"
+
+
+def remember(paths: Paths) -> None:
+    """Keep the cluster.toml that srd starts by, for a boot at which the operator's is wrong. Blocks."""
+    write_private(last_good(paths), paths.cluster_file.read_bytes())
+
+
+def last_good(paths: Paths) -> Path:
+    """Return where the cluster.toml of the last start is."""
+    return paths.state_dir / LAST_GOOD_NAME
+
+
+async def close(paths: Paths) -> str:
+    """Put policies and second net in place; return what was done, in one sentence."""
+    config, node, note = _member(paths)
+    if config.ipsec.mode is IpsecMode.OFF:
+        return "ipsec.mode is off: nothing is protected"
+    store = Store(0.0)
+    async with xfrm.XfrmSocket() as kernel:
+        await Mesh(config=config, node=node, socket=kernel, store=store, wake=_nobody).reconcile()
+    await SecondNet(config=config, node=node, store=store).reconcile()
+    view = store.view()
+    keeper = view.backstop.keeper if view.backstop is not None else None
+    return f"{node.name} is closed to plaintext with {len(view.links)} peers (second net: {keeper or 'none'}){note}"
+
+
+def _nobody() -> None:
+    """Wake no loop: there is one pass."""
+
+
+def _member(paths: Paths) -> tuple[Config, Node, str]:
+    """Read who this node is; by the file of the last start, if the present one is wrong."""
+    try:
+        return *load_member(paths, paths.cluster_file), ""
+    except SrdError as error:
+        try:
+            return *load_member(paths, last_good(paths)), f", by the cluster.toml of the last start: {error}"
+        except SrdError:
+            raise error from None
