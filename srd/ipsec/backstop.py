@@ -127,7 +127,7 @@ def iptables_script(scope: Scope, version: int, jumps: Sequence[str]) -> str:
 def iptables_removal(jumps: Sequence[str]) -> str:
     """Return what takes srd's chains away; `jumps` names the built-in chains that lead to them."""
     lines = ["*filter"]
-    lines += [f"-D {builtin} -j {guard}" for guard, _, builtin in CHAINS.values() if builtin in jumps]
+    lines += [f"-D {builtin} -j {guard}" for guard, _, builtin in CHAINS.values() for _ in range(jumps.count(builtin))]
     lines += [f"-F {chain}" for own in CHAINS.values() for chain in own[:2]]
     lines += [f"-X {chain}" for own in CHAINS.values() for chain in own[:2]]
     return "\n".join([*lines, "COMMIT"]) + "\n"
@@ -205,14 +205,11 @@ class Iptables:
 
     async def usable(self) -> bool:
         """Whether the kernel takes rules that ask for a policy."""
-        scope = Scope((), (1,), ())
-        done = [
-            await _run(
-                f"{program}{self._suffix}-restore", "--noflush", "--test", text=iptables_script(scope, family, ())
-            )
-            for family, program in self._programs.items()
-        ]
-        return all(one.status == 0 for one in done)
+        for family, program in self._programs.items():
+            text = iptables_script(Scope((), (1,), ()), family, ())
+            if (await _run(f"{program}{self._suffix}-restore", "--noflush", "--test", text=text)).status:
+                return False
+        return True
 
     async def observe(self) -> str:
         """Return the chains and the jumps to them."""
@@ -243,10 +240,8 @@ class Iptables:
 
     async def _jumps(self, family: int) -> list[str]:
         """Return the built-in chains that lead to srd's, as often as they do."""
-        lines = await self._lines(family)
-        return [
-            builtin for guard, _, builtin in CHAINS.values() for line in lines if line == f"-A {builtin} -j {guard}"
-        ]
+        leads = {f"-A {builtin} -j {guard}": builtin for guard, _, builtin in CHAINS.values()}
+        return [leads[line] for line in await self._lines(family) if line in leads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +280,8 @@ async def _run(program: str, *arguments: str, text: str = "") -> _Ended:
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
-    assert process.returncode is not None
-    return _Ended(program, process.returncode, output.decode(errors="replace"), complaint.decode(errors="replace"))
+        status = await process.wait()
+    return _Ended(program, status, output.decode(errors="replace"), complaint.decode(errors="replace"))
 
 
 async def find_keeper() -> Keeper | None:

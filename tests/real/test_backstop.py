@@ -40,8 +40,12 @@ ETH_P_ALL, ESP = 3, 50
 UNTOUCHED = "-A OUTPUT -d 203.0.113.7/32 -j DROP"
 
 
+def does(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
+    does("ip", *arguments)
 
 
 def interface() -> None:
@@ -117,7 +121,7 @@ def test_it_is_replaced_whole_removed_whole_and_leaves_the_rules_of_others(name:
         interface()
         keeper = KEEPERS[name]()
         others = "iptables-legacy" if name == "iptables-legacy" else "iptables"
-        subprocess.run([others, *UNTOUCHED.split()], check=True)
+        does(others, *UNTOUCHED.split())
         assert await keeper.observe() == ""
         await keeper.replace(SCOPE)
         first = await keeper.observe()
@@ -131,7 +135,7 @@ def test_it_is_replaced_whole_removed_whole_and_leaves_the_rules_of_others(name:
         await keeper.remove()
         assert await keeper.observe() == ""
         assert leaves(THERE, protocol="udp")
-        rules = subprocess.run([others, "-S"], check=True, capture_output=True, text=True).stdout
+        rules = does(others, "-S")
         assert UNTOUCHED in rules
         assert "SRD" not in rules
 
@@ -160,7 +164,7 @@ def test_what_somebody_takes_away_is_put_back_and_counted(name: str, monkeypatch
             await net.reconcile()
             assert (backstop := store.view().backstop) is not None
             assert (backstop.keeper, backstop.mended) == (name, mended)
-        subprocess.run(flush[name], check=True)
+        does(*flush[name])
         assert leaves(THERE, protocol="udp")
         for _ in range(2):
             await net.reconcile()
