@@ -246,13 +246,13 @@ def test_keys_that_are_deleted_come_back_within_seconds_and_nothing_leaves_witho
 def test_flushed_policies_let_nothing_out_and_are_back(lab: Lab) -> None:
     lab.wait_whole()
     node, peer = lab.nodes[0], lab.nodes[1]
-    policies = xfrm(lab, node, "policy").count("src ")
+    policies = xfrm(lab, node, "policy").count(" priority ")
     mended = lab.srd(node, "links")["kernel"]["drift_mended"]
     command = ["on", node, "ping", "-q", "-i", "0.05", "-c", "200", peer]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as pinging:
         for _ in range(5):
             lab.on(node, "ip", "xfrm", "policy", "flush")
-            waited = lab.wait(lambda: xfrm(lab, node, "policy").count("src ") == policies, "the policies are back")
+            waited = lab.wait(lambda: xfrm(lab, node, "policy").count(" priority ") == policies, "the policies are back")
             print(f"\npolicies were back within {waited:.1f} s")  # noqa: T201 - a figure for people
         pinging.terminate()
     assert lab.srd(node, "links")["kernel"]["drift_mended"] >= mended + 5 * policies
