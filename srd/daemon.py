@@ -12,7 +12,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -130,13 +130,18 @@ class Daemon:
             web = WebServer(self.situation, version=VERSION, loops=self._loops)
             await web.start()
             stack.push_async_callback(web.stop)
-            control = ControlServer(self._paths.control_socket, self.situation, version=VERSION)
-            await control.start()
-            stack.push_async_callback(control.stop)
             stack.callback(self._services.release)
             keying = self._keying(installer)
             listeners = keying.listen()
             stack.callback(_close, listeners)
+            control = ControlServer(
+                self._paths.control_socket,
+                self.situation,
+                version=VERSION,
+                actions={"/v1/rekey": partial(self._rekey, keying)},
+            )
+            await control.start()
+            stack.push_async_callback(control.stop)
             bodies += [
                 partial(keying.run, listeners),
                 self._observer.run,
@@ -190,6 +195,14 @@ class Daemon:
 
     def _start_of_redis(self) -> Start:
         return restart.start(self.situation(), self._death, holds_data=_holds_data(self._paths))
+
+    async def _rekey(self, keying: Keying, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Answer `srd rekey`: the query names one `peer`, or none for all, and for how many seconds to `wait`."""
+        every = [peer.name for peer in self._config.peers_of(self._node.name)]
+        peers = [asked["peer"]] if "peer" in asked else every
+        await keying.renew(peers, float(asked.get("wait", 0)))
+        channels = self._store.view().channels
+        return {"peers": {name: {"generation": channels[name].generation} for name in peers}}
 
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""

@@ -17,7 +17,8 @@ IpAddress = IPv4Address | IPv6Address
 
 # sysexits.h: what a service manager and a script can act on without reading the sentence.
 EXIT_FAILURE: Final = 1
-EXIT_REFUSED: Final = 40  # not of sysexits.h: srd could, and will not
+EXIT_TIMED_OUT: Final = 30  # not of sysexits.h, nor is the next one
+EXIT_REFUSED: Final = 40  # srd could, and will not
 EXIT_NO_PERMISSION: Final = 77
 EXIT_CONFIG: Final = 78
 
@@ -54,6 +55,12 @@ class PermissionRefusedError(SrdError):
     """The process lacks a right that the operation needs."""
 
     exit_status = EXIT_NO_PERMISSION
+
+
+class TimedOutError(SrdError):
+    """What was asked for is under way, and not done within the time that was given."""
+
+    exit_status = EXIT_TIMED_OUT
 
 
 class RefusedError(SrdError):

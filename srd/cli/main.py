@@ -27,6 +27,7 @@ VERBS: Final[dict[str, Verb]] = {
     "list": Verb("srd.cli.show:list_command", "Show every node of the cluster."),
     "links": Verb("srd.cli.show:links_command", "Show the protection of every link between nodes."),
     "children": Verb("srd.cli.show:children_command", "Show redis, sentinel and stunnel as this node runs them."),
+    "rekey": Verb("srd.cli.act:rekey_command", "Have new keys made with a peer, or with all."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),
     "close": Verb("srd.cli.protection:close_command", "Close this node to plaintext with its peers, without a daemon."),

@@ -19,11 +19,20 @@ _OPERATION: Final = "ask the daemon at"
 _CHUNK: Final = 65536
 
 
+def post(control_socket: Path, path: str, *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> dict[str, Any]:
+    """Have the daemon do something; return what it answers. `SrdError` is its own refusal, or that of `get`."""
+    return _ask(control_socket, "POST", path, timeout)
+
+
 def get(control_socket: Path, path: str, *, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> dict[str, Any]:
     """Return the JSON document at `path`; `SrdError` says why the daemon cannot be asked."""
+    return _ask(control_socket, "GET", path, timeout)
+
+
+def _ask(control_socket: Path, method: str, path: str, timeout: float) -> dict[str, Any]:
     where = str(control_socket)
     try:
-        answer = _exchange(where, f"GET {path} HTTP/1.0\r\n\r\n".encode("ascii"), timeout)
+        answer = _exchange(where, f"{method} {path} HTTP/1.0\r\nContent-Length: 0\r\n\r\n".encode("ascii"), timeout)
     except FileNotFoundError as error:
         raise SrdError(_OPERATION, where, "there is no such socket", "is srd running? systemctl status srd") from error
     except ConnectionRefusedError as error:
@@ -36,6 +45,8 @@ def get(control_socket: Path, path: str, *, timeout: float = DEFAULT_TIMEOUT_SEC
         raise SrdError(_OPERATION, where, (error.strerror or str(error)).lower()) from error
     head, _, body = answer.partition(b"\r\n\r\n")
     words = head.partition(b"\r\n")[0].split()
+    if words[1:2] == [b"409"]:
+        raise _refusal(body)
     if len(words) < 2 or words[1] != b"200":  # noqa: PLR2004 - protocol version and status
         said = words[1].decode("ascii", "replace") if len(words) > 1 else "nothing"
         raise SrdError(_OPERATION, where, f"it answers {said} to {path}", "are srd and its daemon the same version?")
@@ -44,6 +55,14 @@ def get(control_socket: Path, path: str, *, timeout: float = DEFAULT_TIMEOUT_SEC
     except ValueError as error:
         raise SrdError(_OPERATION, where, f"its answer to {path} is not JSON") from error
     return document
+
+
+def _refusal(body: bytes) -> SrdError:
+    """Return the error that the daemon answers with, as if it had been raised here."""
+    said = json.loads(body)
+    error = SrdError(said["operation"], said["subject"], said["reason"], said["remedy"])
+    error.exit_status = said["exit_status"]
+    return error
 
 
 def is_answered(control_socket: Path) -> bool:

@@ -8,10 +8,13 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
+import structlog
 from aiohttp import web
 
 from srd.control import documents
@@ -19,10 +22,16 @@ from srd.control.client import is_answered
 from srd.model import PermissionRefusedError, SrdError
 from srd.state import Situation
 
+log = structlog.get_logger(__name__)
+
 SOCKET_MODE: Final = 0o600
 
 _STOP_SECONDS: Final = 2.0
 _OPERATION: Final = "open the control socket"
+
+_UCRED: Final = struct.Struct("iII")  # pid, uid, gid
+
+Action = Callable[[Mapping[str, str]], Awaitable[documents.Document]]
 
 _PATHS: Final[Mapping[str, Callable[[Situation, str], documents.Document]]] = {
     "/v1/status": documents.status,
@@ -34,12 +43,23 @@ _PATHS: Final[Mapping[str, Callable[[Situation, str], documents.Document]]] = {
 
 
 class ControlServer:
-    """Answers from `situation` at `path`, which no other live daemon may hold."""
+    """Answers from `situation` at `path`, which no other live daemon may hold.
 
-    def __init__(self, path: Path, situation: Callable[[], Situation], *, version: str) -> None:
+    `actions` maps what may be POSTed to what does it: it gets the query, and returns the answer or raises `SrdError`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        situation: Callable[[], Situation],
+        *,
+        version: str,
+        actions: Mapping[str, Action] = MappingProxyType({}),
+    ) -> None:
         self._path = path
         self._situation = situation
         self._version = version
+        self._actions = actions
         self._server: web.Server | None = None
         self._listener: asyncio.Server | None = None
         self._inode: int | None = None
@@ -66,12 +86,38 @@ class ControlServer:
         self._listener = self._server = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        make = _PATHS.get(request.rel_url.path)
-        if make is None:
-            return _answer(404, {"error": "not_found", "paths": sorted(_PATHS)})
-        if request.method != "GET":
-            return _answer(405, {"error": "method_not_allowed"})
-        return _answer(200, make(self._situation(), self._version))
+        path = request.rel_url.path
+        if path in _PATHS:
+            if request.method != "GET":
+                return _answer(405, {"error": "method_not_allowed"})
+            return _answer(200, _PATHS[path](self._situation(), self._version))
+        if path in self._actions:
+            if request.method != "POST":
+                return _answer(405, {"error": "method_not_allowed"})
+            return await self._act(path, request)
+        return _answer(404, {"error": "not_found", "paths": sorted({*_PATHS, *self._actions})})
+
+    async def _act(self, path: str, request: web.BaseRequest) -> web.StreamResponse:
+        """Do what is asked for; who asked, and what came of it, is in the log."""
+        asked = dict(request.rel_url.query)
+        try:
+            done = await self._actions[path](asked)
+        except SrdError as error:
+            log.warning("asked", action=path, **asked, by=_peer(request), refused=str(error))
+            refusal = {"operation": error.operation, "subject": error.subject, "reason": error.reason}
+            return _answer(409, refusal | {"remedy": error.remedy, "exit_status": error.exit_status})
+        log.info("asked", action=path, **asked, by=_peer(request))
+        return _answer(200, done)
+
+
+def _peer(request: web.BaseRequest) -> str:
+    """Return who is at the other end: pid and uid, by the kernel (unix(7), SO_PEERCRED)."""
+    connection = request.transport.get_extra_info("socket") if request.transport is not None else None
+    if connection is None:
+        return "somebody who has gone"
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, _ = _UCRED.unpack(packed)
+    return f"pid {pid}, uid {uid}"
 
 
 def _answer(status: int, document: documents.Document) -> web.Response:

@@ -13,7 +13,7 @@ import errno
 import random
 import socket
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
@@ -36,6 +36,7 @@ from srd.model import (
     Role,
     SrdError,
     Suite,
+    TimedOutError,
 )
 from srd.reconcile import boottime, contained
 from srd.state import Channel, PeerReport, Store
@@ -124,9 +125,25 @@ class Keying:
                 for connection in self._arrived:
                     connection.close()
 
-    def renew(self, peer: str) -> None:
-        """Have new keys made with a peer, soon; `KeyError` when it is none."""
-        self._peerings[peer].renew()
+    async def renew(self, peers: Collection[str], wait: float) -> None:
+        """Have new keys made with these peers; return when both ends use them, or after asking if `wait` is 0.
+
+        Raises `KeyingError` for a peer that is none, `TimedOutError` after `wait` seconds.
+        """
+        if strangers := sorted(set(peers) - self._peerings.keys()):
+            raise KeyingError("renew the keys with", ", ".join(strangers), "it is no peer of this node")
+        renewed = {name: self._peerings[name].renew() for name in peers}
+        if not wait:
+            return
+        try:
+            async with asyncio.timeout(wait):
+                for event in renewed.values():
+                    await event.wait()
+        except TimeoutError:
+            late = ", ".join(name for name, event in renewed.items() if not event.is_set())
+            raise TimedOutError(
+                "renew the keys with", late, f"it took longer than {wait:g} s", "srd links says what fails"
+            ) from None
 
     # --- connections that come in
 

@@ -69,6 +69,7 @@ class Peering:
         # New keys are wanted; the leader makes them, the follower says so with each beat.
         self._due = asyncio.Event()
         self._keyed_at = 0.0
+        self._renewed = asyncio.Event()
         self._knocked = asyncio.Event()
 
     @property
@@ -76,9 +77,10 @@ class Peering:
         """What is to be shown of the connection."""
         return self._record
 
-    def renew(self) -> None:
-        """Have new keys made, soon and whichever end leads."""
+    def renew(self) -> asyncio.Event:
+        """Have new keys made, soon and whichever end leads; the event is set when they are in use at both ends."""
         self._due.set()
+        return self._renewed
 
     def knock(self) -> None:
         """Hear that the peer has just come up: do not wait to try it again."""
@@ -186,6 +188,8 @@ class Peering:
         self._end_former()
         self._former, self._live = self._live, channel
         self._due.clear()
+        self._renewed.set()
+        self._renewed = asyncio.Event()
         now, known = boottime(), self._record
         self._keyed_at = now
         self._update(

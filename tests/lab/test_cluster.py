@@ -243,16 +243,37 @@ def test_keys_that_are_deleted_come_back_within_seconds_and_nothing_leaves_witho
             assert link["channel"]["last_error"] is None, link
 
 
+def test_a_hundred_rekeys_under_a_flow_lose_no_packet(lab: Lab) -> None:
+    lab.wait_whole()
+    node, peer = lab.nodes[0], lab.nodes[1]
+    before = {name: xfrm_errors(lab, name) for name in (node, peer)}
+    with subprocess.Popen(["on", node, "ping", "-q", "-i", "0.01", peer], stdout=subprocess.PIPE, text=True) as pinging:
+        for _ in range(100):
+            assert "is in use" in lab.on(node, "srd", "rekey", peer, "--wait").stdout
+        pinging.send_signal(signal.SIGINT)
+        said, _ = pinging.communicate(timeout=60)
+    sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
+    print(f"\n100 rekeys, {sent} packets, {sent - received} lost")  # noqa: T201 - figures for people
+    assert received == sent
+    assert {name: xfrm_errors(lab, name) for name in (node, peer)} == before
+
+
 def test_flushed_policies_let_nothing_out_and_are_back(lab: Lab) -> None:
     lab.wait_whole()
     node, peer = lab.nodes[0], lab.nodes[1]
-    policies = xfrm(lab, node, "policy").count(" priority ")
+
+    def count() -> int:
+        return xfrm(lab, node, "policy").count(" priority ")
+
+    policies = count()
     mended = lab.srd(node, "links")["kernel"]["drift_mended"]
     command = ["on", node, "ping", "-q", "-i", "0.05", "-c", "200", peer]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as pinging:
         for _ in range(5):
             lab.on(node, "ip", "xfrm", "policy", "flush")
-            waited = lab.wait(lambda: xfrm(lab, node, "policy").count(" priority ") == policies, "the policies are back")
+            waited = lab.wait(
+                lambda: xfrm(lab, node, "policy").count(" priority ") == policies, "the policies are back"
+            )
             print(f"\npolicies were back within {waited:.1f} s")  # noqa: T201 - a figure for people
         pinging.terminate()
     assert lab.srd(node, "links")["kernel"]["drift_mended"] >= mended + 5 * policies
@@ -269,6 +290,12 @@ def test_a_node_that_is_cut_off_is_back_by_itself(lab: Lab) -> None:
     lab.wait_whole()
 
 
+def xfrm_errors(lab: Lab, node: str) -> dict[str, int]:
+    """The counters of /proc/net/xfrm_stat that are not zero."""
+    text = lab.on(node, "cat", "/proc/net/xfrm_stat").stdout
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines()) if value != "0"}
+
+
 @pytest.mark.after_everything
 def test_every_error_counter_of_xfrm_is_explained(lab: Lab) -> None:
     """Dropped for want of keys, or refused to outsiders; never a failed integrity check or a lost sequence."""
@@ -279,8 +306,7 @@ def test_every_error_counter_of_xfrm_is_explained(lab: Lab) -> None:
         "XfrmInNoStates",  # a peer sent under keys that this node no longer had
     }
     for node in lab.nodes:
-        text = lab.on(node, "cat", "/proc/net/xfrm_stat").stdout
-        counted = {name: int(value) for name, value in (line.split() for line in text.splitlines()) if value != "0"}
+        counted = xfrm_errors(lab, node)
         print(f"\n{node}: {counted}")  # noqa: T201 - figures for people
         assert not counted.keys() - explained, counted
 

@@ -18,8 +18,9 @@ from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.ipsec.exchange import STEP_SECONDS
 from srd.ipsec.keying import MAX_HANDSHAKES, Keying
 from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
+from srd.ipsec.protocol import KeyingError
 from srd.ipsec.sas import Generation
-from srd.model import IpsecMode, Role, SrdError, Suite
+from srd.model import IpsecMode, Role, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime
 from srd.state import PeerReport, Store
 from srd.trust.authority import identify
@@ -215,13 +216,19 @@ async def test_either_end_gets_new_keys_and_neither_sees_the_connection_fail(
         since = [(await store.wait_for(lambda v, p=peer: v.channels[p].connected, 20)).channels[peer].since
                  for store, peer in ends]  # fmt: skip
         for keyings in (2, 3):
-            nodes[asks][0].renew("redis-2" if asks == "redis-1" else "redis-1")
+            await nodes[asks][0].renew(["redis-2" if asks == "redis-1" else "redis-1"], 20)
             for store, peer in ends:
                 await store.wait_for(lambda v, p=peer, k=keyings: v.channels[p].keyings == k, 20)
         await asyncio.sleep(2 * BEAT_SECONDS)  # the former connection ends with the first beats of the last one
         records = [store.view().channels[peer] for store, peer in ends]
     assert [record.since for record in records] == since
     assert [(record.connected, record.failures, record.keyings) for record in records] == [(True, 0, 3)] * 2
+
+
+async def test_only_a_peers_keys_can_be_renewed(bundles: dict[str, Bundle]) -> None:
+    one, _ = keying_of(bundles["redis-1"], Tables(), FAST_AES)
+    with pytest.raises(KeyingError, match="redis-9: it is no peer"):
+        await one.renew(["redis-2", "redis-9"], 0)
 
 
 async def test_keys_that_never_suffice_are_renewed_at_a_bounded_pace(bundles: dict[str, Bundle]) -> None:
@@ -243,7 +250,8 @@ async def test_a_peer_that_falls_silent_while_new_keys_fail_is_seen_to_be_gone(
     async with running(one, two):
         await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
         tables.full = True
-        one.renew("redis-2")
+        with pytest.raises(TimedOutError, match="redis-2: it took longer than 1 s"):
+            await one.renew(["redis-2"], 1)
         view = await store.wait_for(lambda view: view.channels["redis-2"].failures > 0, 20)
         assert view.channels["redis-2"].connected
         monkeypatch.setattr("srd.ipsec.peering.BEAT_SECONDS", 3600)

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from support.situations import arbiter_situation, primary_redis, primary_situati
 
 from srd.control import client, documents
 from srd.control.server import ControlServer
-from srd.model import SrdError
+from srd.model import RefusedError, SrdError
 from srd.state import Situation, View
 
 PATHS = ("/v1/status", "/v1/list", "/v1/links", "/v1/children", "/v1/events")
@@ -112,6 +112,32 @@ async def test_unknown_paths_and_methods(tmp_path: Path) -> None:
         writer.write(b"POST /v1/status HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.0 405 ")
         writer.close()
+
+
+async def test_an_action_is_done_by_post_only_and_says_what_came_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    asked: list[Mapping[str, str]] = []
+
+    async def act(query: Mapping[str, str]) -> dict[str, object]:
+        asked.append(query)
+        if query.get("peer") == "nobody":
+            raise RefusedError("rekey", "nobody", "it is no peer", "name another")
+        return {"done": True}
+
+    server = ControlServer(path, primary_situation, version="0.1.0", actions={"/v1/rekey": act})
+    await server.start()
+    try:
+        with pytest.raises(SrdError, match="it answers 405"):
+            await get(path, "/v1/rekey?peer=redis-2")
+        assert asked == []
+        answer = await asyncio.to_thread(client.post, path, "/v1/rekey?peer=redis-2", timeout=10)
+        assert answer == {"schema": 1, "done": True}
+        assert asked == [{"peer": "redis-2"}]
+        with pytest.raises(SrdError, match="cannot rekey nobody: it is no peer; name another") as caught:
+            await asyncio.to_thread(client.post, path, "/v1/rekey?peer=nobody", timeout=10)
+        assert caught.value.exit_status == RefusedError.exit_status
+    finally:
+        await server.stop()
 
 
 async def test_the_client_says_why_it_cannot_ask(tmp_path: Path) -> None:

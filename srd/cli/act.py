@@ -1,0 +1,33 @@
+"""The verbs by which a person has the daemon do something: rekey."""
+
+from __future__ import annotations
+
+from urllib.parse import urlencode
+
+import click
+
+from srd.control import client
+from srd.model import Paths
+
+_ANSWER_SECONDS = 5.0
+
+
+@click.command("rekey")
+@click.argument("peer", required=False)
+@click.option("--wait", is_flag=True, help="Return when both ends use the new keys.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait.",
+)
+@click.pass_obj
+def rekey_command(paths: Paths, peer: str | None, *, wait: bool, timeout: float) -> None:
+    """Have new keys made with a peer, or with all: by a new TLS handshake each, and without losing a packet."""
+    query = ({"peer": peer} if peer is not None else {}) | ({"wait": f"{timeout:g}"} if wait else {})
+    seconds = _ANSWER_SECONDS + (timeout if wait else 0.0)
+    answer = client.post(paths.control_socket, f"/v1/rekey?{urlencode(query)}", timeout=seconds)
+    for name, link in sorted(answer["peers"].items()):
+        click.echo(f"{name}: generation {link['generation']} is in use" if wait else f"{name}: asked for new keys")
