@@ -17,7 +17,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from srd.model import ConfigError, IpAddress, IpsecMode, NodeKind
+from srd.model import ConfigError, IpAddress, IpsecMode, NodeKind, Suite
 
 KEYING_PORT: Final = 849
 # One mask (0xfff8) covers exactly these eight client ports; all are privileged, so no application can bind one.
@@ -34,6 +34,9 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _BYPASS = re.compile(r"(tcp|udp)/(\d{1,5})")
 _HELLO_CHANNEL = "__sentinel__:hello"
 
+SUITES: Final = {"aes-256-gcm": Suite.AES_256_GCM, "chacha20-poly1305": Suite.CHACHA20_POLY1305}
+
+SuiteName = Literal["aes-256-gcm", "chacha20-poly1305"]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
@@ -80,10 +83,20 @@ class TlsSection(_Section, frozen=True):
 
 
 class IpsecSection(_Section, frozen=True):
-    """`[ipsec]`: protection between nodes. `bypass` names what may pass in plaintext, as `tcp/22`."""
+    """`[ipsec]`: protection between nodes. `bypass` names what may pass in plaintext, as `tcp/22`.
+
+    `suites` are those that may be used, the preferred one first; none given, each pair uses what it runs best.
+    """
 
     mode: IpsecMode = IpsecMode.ESP
     bypass: tuple[str, ...] = ("tcp/22",)
+    suites: tuple[SuiteName, ...] = ()
+
+
+class TrustSection(_Section, frozen=True):
+    """`[trust]`: certificates that are not let in any more, by their serial numbers in hexadecimal."""
+
+    revoked: tuple[str, ...] = ()
 
 
 class HttpSection(_Section, frozen=True):
@@ -103,6 +116,7 @@ class _RawFile(_Section, frozen=True):
     tls: TlsSection = TlsSection()
     ipsec: IpsecSection = IpsecSection()
     http: HttpSection = HttpSection()
+    trust: TrustSection = TrustSection()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +162,12 @@ class Config:
     ipsec: IpsecSection
     http: HttpSection
     bypass: tuple[Bypass, ...]
+    revoked: frozenset[int] = frozenset()
+
+    @property
+    def suites(self) -> tuple[Suite, ...]:
+        """The suites that may be used, the preferred one first; empty for what each pair runs best."""
+        return tuple(SUITES[name] for name in self.ipsec.suites)
 
     def node(self, name: str) -> Node:
         """Return the node of that name; `KeyError` when the file has none."""
@@ -287,6 +307,7 @@ class _Checker:
             ipsec=raw.ipsec,
             http=raw.http,
             bypass=bypass,
+            revoked=self._revoked(),
         )
         self._sentinel(config)
         self._redis()
@@ -349,6 +370,15 @@ class _Checker:
                 raise self.refuse.at("ipsec.bypass", f"{text} is {protected[port]}, which is never in plaintext")
             found.append(Bypass("tcp" if match[1] == "tcp" else "udp", port))
         return tuple(found)
+
+    def _revoked(self) -> frozenset[int]:
+        found = set()
+        for text in self.raw.trust.revoked:
+            serial = text.replace(":", "")
+            if not re.fullmatch(r"[0-9A-Fa-f]{1,40}", serial):
+                raise self.refuse.at("trust.revoked", f"{text!r} is not a certificate's serial number in hexadecimal")
+            found.add(int(serial, 16))
+        return frozenset(found)
 
     def _ports(self, bypass: tuple[Bypass, ...]) -> None:
         raw = self.raw

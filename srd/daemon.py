@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
 import signal
 import socket
 import time
@@ -22,7 +23,7 @@ import structlog
 
 from srd import closing
 from srd.control.server import ControlServer
-from srd.desired import Start
+from srd.desired import Start, needs_restart
 from srd.ha import restart
 from srd.ha.observe import Observer
 from srd.ipsec import xfrm
@@ -32,9 +33,9 @@ from srd.ipsec.keying import Keying
 from srd.ipsec.mesh import Mesh, Unprotected, watch
 from srd.ipsec.policies import KEYING_MARK
 from srd.members import own_report
-from srd.model import IpsecMode, Paths, Service
+from srd.model import ConfigError, IpsecMode, Paths, Service
 from srd.preflight import Cleared, clear
-from srd.reconcile import Loop, boottime, until_first
+from srd.reconcile import Loop, boottime, contained, until_first
 from srd.state import Situation, Store, conditions
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
 from srd.supervise.probe import probe_tls
@@ -42,6 +43,7 @@ from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
 from srd.systemd import Notifier
 from srd.trust.authority import identify
+from srd.trust.bundle import load_bundle
 from srd.web.app import WebServer
 
 log = structlog.get_logger(__name__)
@@ -80,9 +82,14 @@ class Daemon:
         self._paths = paths
         self._notifier = notifier
         self._stop = asyncio.Event()
+        self._hangup = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._mesh: Mesh | None = None
+        self._net: SecondNet | None = None
         self._death: restart.Death | None = None
         self._store = Store(boottime())
-        self._store.writer("certificates")(bundle.not_after)
+        self._write_certificates = self._store.writer("certificates")
+        self._write_certificates(bundle.not_after)
         self._observer = Observer(self._config, self._node, bundle.secrets, self._store, wake=(self._wake_services,))
         self._services = Services(
             config=self._config,
@@ -114,14 +121,16 @@ class Daemon:
             installer: Installer = Unprotected()
             if self._config.ipsec.mode is IpsecMode.ESP:
                 kernel = await stack.enter_async_context(xfrm.XfrmSocket())
-                installer = mesh = Mesh(
+                installer = self._mesh = Mesh(
                     config=self._config, node=self._node, socket=kernel, store=self._store, wake=self._wake_mesh
                 )
                 # Every policy stands before this node speaks to a peer or answers one for the first time.
-                await mesh.reconcile()
-                self._mesh_loop = Loop("mesh", mesh.reconcile, resync=MESH_RESYNC_SECONDS, timeout=PASS_SECONDS)
-                net = SecondNet(config=self._config, node=self._node, store=self._store)
-                self._net_loop = Loop("second net", net.reconcile, resync=NET_RESYNC_SECONDS, timeout=PASS_SECONDS)
+                await self._mesh.reconcile()
+                self._mesh_loop = Loop("mesh", self._mesh.reconcile, resync=MESH_RESYNC_SECONDS, timeout=PASS_SECONDS)
+                self._net = SecondNet(config=self._config, node=self._node, store=self._store)
+                self._net_loop = Loop(
+                    "second net", self._net.reconcile, resync=NET_RESYNC_SECONDS, timeout=PASS_SECONDS
+                )
                 bodies += [
                     self._mesh_loop.run,
                     self._net_loop.run,
@@ -138,7 +147,10 @@ class Daemon:
                 self._paths.control_socket,
                 self.situation,
                 version=VERSION,
-                actions={"/v1/rekey": partial(self._rekey, keying)},
+                actions={
+                    "/v1/rekey": partial(self._rekey, keying),
+                    "/v1/reload": lambda _: self._reload(keying),
+                },
             )
             await control.start()
             stack.push_async_callback(control.stop)
@@ -149,6 +161,7 @@ class Daemon:
                 self._services_loop.run,
                 self._tell_the_manager,
                 self._until_stopped,
+                partial(self._reload_on_hangup, keying),
             ]
             with self._signals():
                 await until_first(*bodies)
@@ -204,6 +217,43 @@ class Daemon:
         channels = self._store.view().channels
         return {"peers": {name: {"generation": channels[name].generation} for name in peers}}
 
+    async def _reload_on_hangup(self, keying: Keying) -> None:
+        while True:
+            await self._hangup.wait()
+            self._hangup.clear()
+            await contained("reload", partial(self._reload, keying))
+
+    async def _reload(self, keying: Keying) -> dict[str, Any]:
+        """Take a changed bundle in: all of it, or none and `SrdError` says why.
+
+        Policies of new peers stand before a word is said to them; former ones are let go by keying first. redis and
+        sentinel go on; what follows from the number of nodes is set in them by the observer.
+        """
+        async with self._reloading:
+            bundle = await asyncio.to_thread(load_bundle, self._paths, dt.datetime.now(dt.UTC))
+            old, new = self._config, bundle.config
+            if stuck := needs_restart(old, new, self._node):
+                what = f"{', '.join(stuck)} cannot change while srd runs"
+                raise ConfigError("take in", str(self._paths.cluster_file), what, "restart srd")
+            self._config = new
+            self._write_certificates(bundle.not_after)
+            if self._mesh is not None:
+                await self._mesh.adopt(new)
+            revoked = keying.adopt(new, bundle.credentials)
+            if self._mesh is not None:
+                for peer in revoked:
+                    await self._mesh.forget(peer)
+            if self._net is not None and self._net_loop is not None:
+                self._net.adopt(new)
+                self._net_loop.wake()
+            self._observer.adopt(new)
+            self._services.adopt(new)
+            await asyncio.to_thread(closing.remember, self._paths)
+            before, after = ({node.name for node in config.nodes} for config in (old, new))
+            done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": sorted(revoked)}
+            log.info("reloaded", **done)
+            return done
+
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""
         if service is Service.REDIS:
@@ -245,11 +295,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        # SIGHUP's default would end the daemon.
-        loop.add_signal_handler(
-            signal.SIGHUP,
-            lambda: log.warning("SIGHUP changes nothing: a restart, which restarts redis too, takes a changed file in"),
-        )
+        loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         try:
             yield
         finally:

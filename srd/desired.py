@@ -152,20 +152,42 @@ def _pair_rules(
 
 
 def _outsider_rules(config: Config, node: Node, family: int) -> Iterator[tuple[Flow, Rule]]:
-    """Nobody outside the mesh reaches redis or sentinel; a node may still reach its own address."""
+    """Nobody outside the mesh reaches redis or sentinel, or is reached there; a node may still reach its own address.
+
+    The latter because Sentinel goes on speaking, with its password, to a node that has left the cluster.
+    """
     own = [address for address in node.addresses if address.version == family]
     for way in Way:
         for port in (config.redis.port, config.sentinel.port):
-            yield (
+            for flow in (
                 Flow(way, family, None, None, TCP, local_ports=_exactly(port)),
-                Rule(Rank.NOBODY_ELSE, Treatment.BLOCK),
-            )
+                Flow(way, family, None, None, TCP, remote_ports=_exactly(port)),
+            ):
+                yield flow, Rule(Rank.NOBODY_ELSE, Treatment.BLOCK)
         for address in own:
             yield Flow(way, family, address, address), Rule(Rank.SELF, Treatment.PASS)
 
 
 def _exactly(port: int) -> Ports:
     return Ports(port, 0xFFFF)
+
+
+def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
+    """Return the dotted keys that differ and that a running srd cannot take in; the others it can.
+
+    Other nodes, exemptions, suites, revoked certificates and HTTP's bounds may change, but not the node's own entry.
+    """
+    sections = {table: getattr(old, table).__struct_fields__ for table in ("redis", "sentinel", "tls")}
+    sections |= {"ipsec": ("mode",), "http": ("port",)}
+    changed = [
+        f"{table}.{key}"
+        for table, keys in sections.items()
+        for key in keys
+        if getattr(getattr(old, table), key) != getattr(getattr(new, table), key)
+    ]
+    changed += [key for key in ("cluster", "listen_localhost") if getattr(old, key) != getattr(new, key)]
+    mine = next((other for other in new.nodes if other.name == node.name), None)
+    return tuple(changed) if mine == node else (*changed, f"node {node.name}")
 
 
 def services(situation: Situation, start: Start) -> Mapping[Service, Wanted]:

@@ -193,12 +193,16 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a certificate says its holder is: SAN URI `srd://CLUSTER/NODE`, IP SANs, and the kind of node."""
+    """Who a certificate says its holder is: SAN URI `srd://CLUSTER/NODE`, IP SANs, the kind of node.
+
+    `serial` is the certificate's, 0 before there is one.
+    """
 
     cluster: str
     node: str
     kind: NodeKind
     addresses: tuple[IpAddress, ...]
+    serial: int = 0
 
 
 @dataclass(frozen=True, slots=True)

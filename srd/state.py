@@ -161,6 +161,7 @@ class SentinelAnswer:
     known_sentinels: int
     known_replicas: int
     flags: frozenset[str] = frozenset()
+    quorum: int = 0
 
 
 @dataclass(frozen=True, slots=True)

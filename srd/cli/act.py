@@ -1,4 +1,4 @@
-"""The verbs by which a person has the daemon do something: rekey."""
+"""The verbs by which a person has the daemon do something: rekey, reload."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from srd.control import client
 from srd.model import Paths
 
 _ANSWER_SECONDS = 5.0
+_RELOAD_SECONDS = 60.0
 
 
 @click.command("rekey")
@@ -31,3 +32,15 @@ def rekey_command(paths: Paths, peer: str | None, *, wait: bool, timeout: float)
     answer = client.post(paths.control_socket, f"/v1/rekey?{urlencode(query)}", timeout=seconds)
     for name, link in sorted(answer["peers"].items()):
         click.echo(f"{name}: generation {link['generation']} is in use" if wait else f"{name}: asked for new keys")
+
+
+@click.command("reload")
+@click.pass_obj
+def reload_command(paths: Paths) -> None:
+    """Take a changed bundle in without a restart: nodes, revoked certificates, new certificates, suites, exemptions.
+
+    All of it, or nothing: what is wrong, or cannot change while srd runs, is said in one sentence. So does SIGHUP.
+    """
+    done = client.post(paths.control_socket, "/v1/reload", timeout=_RELOAD_SECONDS)
+    changes = [f"{what} {', '.join(done[what])}" for what in ("added", "removed", "revoked") if done[what]]
+    click.echo(f"taken in: {'; '.join(changes) or 'no change of nodes'}")

@@ -21,6 +21,7 @@ class Verb(NamedTuple):
 
 VERBS: Final[dict[str, Verb]] = {
     "init": Verb("srd.cli.setup:init_command", "Make a cluster: its authority, cluster.toml and one bundle per node."),
+    "node": Verb("srd.cli.setup:node_command", "Add a node to the cluster, or renew its certificates."),
     "check": Verb("srd.cli.setup:check_command", "Say whether this node could run, and change nothing."),
     "run": Verb("srd.cli.run:run_command", "Run this node until SIGTERM: the daemon."),
     "status": Verb("srd.cli.show:status_command", "Show this node on one screen; the exit status is its health."),
@@ -28,6 +29,7 @@ VERBS: Final[dict[str, Verb]] = {
     "links": Verb("srd.cli.show:links_command", "Show the protection of every link between nodes."),
     "children": Verb("srd.cli.show:children_command", "Show redis, sentinel and stunnel as this node runs them."),
     "rekey": Verb("srd.cli.act:rekey_command", "Have new keys made with a peer, or with all."),
+    "reload": Verb("srd.cli.act:reload_command", "Take a changed bundle in, without a restart."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),
     "close": Verb("srd.cli.protection:close_command", "Close this node to plaintext with its peers, without a daemon."),

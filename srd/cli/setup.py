@@ -1,4 +1,4 @@
-"""`srd init` makes a cluster's bundles; `srd check` says whether a node could run, and changes nothing."""
+"""`srd init` and `srd node` make bundles; `srd check` says whether a node could run, and changes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from srd.model import EXIT_CONFIG, ConfigError, Paths
+from srd.model import EXIT_CONFIG, ConfigError, NodeKind, Paths
 
 
 @click.command("init")
@@ -61,6 +61,46 @@ def _read(file: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError("read", str(file), str(reason)) from error
+
+
+@click.group("node")
+def node_command() -> None:
+    """Add a node to a cluster, or renew a node's certificates: in the directory that `srd init` made."""
+
+
+_DIRECTORY = click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+
+
+@node_command.command("add")
+@_DIRECTORY
+@click.argument("node", metavar="NAME=ADDRESS[,ADDRESS]")
+@click.option("--kind", type=click.Choice([kind.value for kind in NodeKind]), default=NodeKind.REDIS.value)
+def add_command(directory: Path, node: str, kind: str) -> None:
+    """Put one more node into cluster.toml and make its bundle.
+
+    The other nodes take it in when they get the new cluster.toml: copy it to /etc/srd and run `srd reload`.
+    """
+    from srd.trust.issuing import add_node  # noqa: PLC0415 - as above
+
+    name, equals, addresses = node.partition("=")
+    if not equals:
+        msg = f"{node}: it is not NAME=ADDRESS"
+        raise click.UsageError(msg)
+    config, made = add_node(directory, name, addresses.split(","), NodeKind(kind), dt.datetime.now(dt.UTC))
+    click.echo(f"{directory}/{made.name}/ is the bundle of {made.name} ({made.address}): copy it there as /etc/srd")
+    for other in config.peers_of(made.name):
+        click.echo(f"{directory}/{other.name}/cluster.toml is for {other.name}: copy it to /etc/srd, then srd reload")
+
+
+@node_command.command("renew")
+@_DIRECTORY
+@click.argument("name")
+def renew_command(directory: Path, name: str) -> None:
+    """Issue new certificates for a node, with new keys; the old ones go on being valid until they end."""
+    from srd.trust.issuing import renew_node  # noqa: PLC0415 - as above
+
+    node = renew_node(directory, name, dt.datetime.now(dt.UTC))
+    click.echo(f"{directory}/{node.name}/ has new certificates: copy node.* and tls.* to /etc/srd, then srd reload")
 
 
 @click.command("check")

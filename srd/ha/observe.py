@@ -1,4 +1,7 @@
-"""Watches redis and the sentinels and writes down what they say. Changes nothing but the pace of its own sentinel.
+"""Watches redis and the sentinels and writes down what they say.
+
+Of its own redis and sentinel it keeps true what follows from the number of nodes, which may change while they run: how
+many replicas a write needs, how many sentinels a verdict; and the sentinel's pace.
 
 Every one of them is asked by a loop of its own, so that one that does not answer delays no other, and every answer is
 published at once. A sentinel's last answer stays until it is too old to count. Events of the sentinels only wake the
@@ -7,6 +10,7 @@ loops: they can be missed, arrive late or twice, and the next answer is right in
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
@@ -67,7 +71,6 @@ class Observer:
         self.redis: RedisClient | None = None
         if node.kind is NodeKind.REDIS:
             self.redis = RedisClient(endpoint_of(config, node), secrets, clock=clock)
-        self.sentinels = {voter.name: SentinelClient(config, voter, secrets, clock=clock) for voter in config.voters}
         self._answers: dict[str, SentinelAnswer] = {}
         self._events: dict[str, int] = {}
         self._last_role = Role.UNKNOWN
@@ -78,6 +81,19 @@ class Observer:
             resync=REDIS_POLL_SECONDS,
             timeout=ANSWER_SECONDS + _PASS_SLACK_SECONDS,
         )
+        self._secrets = secrets
+        self.sentinels: dict[str, SentinelClient] = {}
+        self._askers: dict[str, Loop] = {}
+        self._changed = asyncio.Event()
+        self._watch(config)
+
+    def _watch(self, config: Config) -> None:
+        """Have a client and a loop for each voter's sentinel; those that stay the same go on."""
+        known = self.sentinels
+        self.sentinels = {
+            voter.name: known.get(voter.name) or SentinelClient(config, voter, self._secrets, clock=self._clock)
+            for voter in config.voters
+        }
         share = min(SENTINEL_POLL_SECONDS, config.primary_lease / QUESTIONS_PER_LEASE)
         # Half of the share is the pause, so the answer may take the other half. One that takes longer is still taken.
         self._question_seconds = share
@@ -91,12 +107,25 @@ class Observer:
             for name, client in self.sentinels.items()
         }
 
+    def adopt(self, config: Config) -> None:
+        """Watch the nodes of a changed file from now on."""
+        moved = {n.name for n in self._config.voters if n not in config.voters}
+        self._config = config
+        self.sentinels = {name: client for name, client in self.sentinels.items() if name not in moved}
+        self._watch(config)
+        self._changed.set()
+
     async def run(self) -> None:
         """Observe until cancelled, then close every connection."""
         try:
-            await until_first(self.loop.run, self.ask_sentinels, self.events)
+            while True:
+                self._changed.clear()
+                await until_first(self.loop.run, self.ask_sentinels, self.events, self._reconfigured)
         finally:
             await self.close()
+
+    async def _reconfigured(self) -> None:
+        await self._changed.wait()
 
     async def close(self) -> None:
         """Close every connection; each is opened again when it is needed."""
@@ -126,6 +155,8 @@ class Observer:
         seen = await self._observe_redis(self.redis) if self.redis is not None else None
         if seen is not None:
             self._last_role = seen.role
+            if self.redis is not None and seen.min_replicas_to_write != self._config.min_replicas_to_write:
+                await self.redis.keep_fence(self._config.min_replicas_to_write)
         self._write_redis(seen)
         self._publish()
 
@@ -146,10 +177,13 @@ class Observer:
         await until_first(*(asker.run for asker in self._askers.values()))
 
     async def _ask(self, client: SentinelClient) -> None:
-        self._answers[client.node] = await client.ask(self._question_seconds)
+        answer = await client.ask(self._question_seconds)
+        self._answers[client.node] = answer
         self._publish()
         if client.node == self._node.name:
             await client.keep_pace(self._question_seconds)
+            if answer.primary is not None and answer.quorum != self._config.quorum:
+                await client.keep_quorum(self._config.quorum, self._question_seconds)
 
     def _publish(self) -> None:
         """Write what follows from the answers. Without a pause in between, so every snapshot is of one mind."""

@@ -1,4 +1,4 @@
-"""What srd asks of a redis and of a sentinel, and what the answers mean. Every question only reads.
+"""What srd asks of a redis and of a sentinel, and what the answers mean. Every question only reads; `keep_*` set.
 
 Sentinel's answer is made of three commands of one pipeline, GET-MASTER-ADDR-BY-NAME last. The leader of a failover
 names the promoted replica there from +promoted-slave on (sentinel.c, sentinelGetCurrentMasterAddress), but goes on
@@ -65,6 +65,11 @@ class RedisClient:
         info = Fields.of_info(subject, replies[:4])
         settings = [Fields.of_list(subject, reply) for reply in replies[4:]]
         return _redis(info, *settings, asked=asked, took=took)
+
+    async def keep_fence(self, replicas: int, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it refuse writes while fewer replicas than this are in touch."""
+        (reply,) = await self._wire.ask(("CONFIG", "SET", "min-replicas-to-write", str(replicas)), seconds=seconds)
+        checked(self._wire.subject, reply, str)
 
     async def ping(self, seconds: float = ANSWER_SECONDS) -> None:
         """Return when it serves; `LoadingError` while it loads. A replica does so without its primary, too."""
@@ -158,6 +163,7 @@ class SentinelClient:
             tilt=tilt,
             known_sentinels=master.get("num-other-sentinels", int),
             known_replicas=master.get("num-slaves", int),
+            quorum=master.get("quorum", int),
             flags=flags if master.endpoint("ip", "port") == primary else frozenset({PROMOTED}),
         )
 
@@ -171,6 +177,11 @@ class SentinelClient:
         wrong = [word for name, value in PACE.items() if paced.get(name, int) != value for word in (name, str(value))]
         if wrong:
             await self._wire.ask(("SENTINEL", "DEBUG", *wrong), seconds=seconds)
+
+    async def keep_quorum(self, quorum: int, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it take so many sentinels for enough to call the primary down."""
+        (reply,) = await self._wire.ask(("SENTINEL", "SET", self._master, "quorum", str(quorum)), seconds=seconds)
+        checked(self._wire.subject, reply, str)
 
     async def known(self, seconds: float = ANSWER_SECONDS) -> None:
         """Return when it answers and knows the cluster's primary."""

@@ -297,12 +297,19 @@ class SecondNet:
     """Keeps the rules as they were put: what somebody changes or takes away is put back."""
 
     def __init__(self, *, config: Config, node: Node, store: Store) -> None:
+        self._node = node
         self._scope = scope_of(config, node)
         self._write = store.writer("backstop")
         self._keeper: Keeper | None = None
         self._looked = False
         self._as_put: str | None = None  # how the program shows the rules that stand; None: nobody knows yet
         self._mended = 0
+
+    def adopt(self, config: Config) -> None:
+        """Guard what this file has policies for, from the next pass on."""
+        scope = scope_of(config, self._node)
+        if scope != self._scope:
+            self._scope, self._as_put = scope, None
 
     async def reconcile(self) -> None:
         """Compare the rules with those that were put last, and put them again if they differ."""

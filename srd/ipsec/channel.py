@@ -59,6 +59,7 @@ class Channel:
         self._writer = writer
         self._tls = SSL.Connection(context, None)
         self._buffer = bytearray()
+        self.identity: Identity | None = None
         if accepted:
             self._tls.set_accept_state()
         else:
@@ -84,9 +85,10 @@ class Channel:
                     break
         certificate = self._tls.get_peer_certificate(as_cryptography=True)
         try:
-            return identify(certificate)
+            self.identity = identify(certificate)
         except ValueError as error:
             raise KeyingError("trust", self.remote, str(error)) from error
+        return self.identity
 
     @property
     def remote(self) -> str:

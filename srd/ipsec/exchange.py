@@ -25,6 +25,7 @@ from srd.ipsec.protocol import (
     leads,
 )
 from srd.ipsec.sas import Generation
+from srd.ipsec.suites import prescribed
 from srd.model import IpsecMode, SrdError, Suite
 
 # A full handshake is 1.5 ms of CPU on each side; this is for a thousand peers at once, or a very slow machine.
@@ -66,6 +67,10 @@ class Exchange:
         self._installer = installer
         self._counted: dict[str, int] = {}
 
+    def adopt(self, config: Config) -> None:
+        """Make the next generations by this file."""
+        self._config = config
+
     async def make(self, peer: Node, channel: Channel) -> Generation:
         """Make a generation of keys with the peer; returned when both ends send under it.
 
@@ -92,7 +97,8 @@ class Exchange:
             peer=peer,
             boot_id=self._boot_id,
             legs=legs,
-            grades=self._grades,
+            grades=prescribed(self._grades, self._config.suites),
+            prescribed=bool(self._config.suites),
             counted=self._counted.get(peer.name, 0),
             sends=await self._installer.sends(peer.name),
             spis=tuple(_new_spi() for _ in legs),

@@ -13,7 +13,7 @@ import errno
 import random
 import socket
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
@@ -71,6 +71,7 @@ class Keying:
     ) -> None:
         self._config = config
         self._node = node
+        self._credentials = credentials
         self._context = tls_context(credentials)
         self._identify = identify
         self._report = report
@@ -84,20 +85,71 @@ class Keying:
         self._arrived: set[socket.socket] = set()
         self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
         self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
-        self._peerings = {
-            peer.name: Peering(
+        self._wants_keys = wants_keys
+        self._peerings: dict[str, Peering] = {}
+        self._at: dict[IpAddress, Peering] = {}
+        # Set while it runs: where the tasks of peers live, and those that connect.
+        self._group: asyncio.TaskGroup | None = None
+        self._connecting: dict[str, asyncio.Task[None]] = {}
+        self._add(config.peers_of(node.name))
+
+    def adopt(self, config: Config, credentials: Credentials) -> frozenset[str]:
+        """Take a changed file and certificate in: peers come and go, and new keys are made where these call for it.
+
+        Return the peers whose certificate is revoked now: their connections are closed, their keys are the caller's to
+        give up.
+        """
+        former, self._config = self._config, config
+        self._exchange.adopt(config)
+        wanted = {peer.name: peer for peer in config.peers_of(self._node.name)}
+        for name, peering in list(self._peerings.items()):
+            if wanted.get(name) != peering.peer:
+                self._remove(name)
+        self._add([peer for name, peer in wanted.items() if name not in self._peerings])
+        revoked = {name for name, peering in self._peerings.items() if peering.serial in config.revoked}
+        for name in revoked:
+            self._peerings[name].close()
+        if credentials != self._credentials:
+            self._credentials, self._context = credentials, tls_context(credentials)
+        elif former.suites == config.suites:
+            return frozenset(revoked)
+        for peering in self._peerings.values():
+            peering.renew()
+        return frozenset(revoked)
+
+    def _add(self, peers: Iterable[Node]) -> None:
+        for peer in peers:
+            peering = Peering(
                 peer,
                 make=self._exchange.make,
                 beat=self._beat,
-                wants_keys=wants_keys,
+                wants_keys=self._wants_keys,
                 changed=self._changed,
                 heard=self._heard,
             )
-            for peer in config.peers_of(node.name)
-        }
-        self._at = {address: peering for peering in self._peerings.values() for address in peering.peer.addresses}
-        for peering in self._peerings.values():
+            self._peerings[peer.name] = peering
+            self._at.update(dict.fromkeys(peer.addresses, peering))
             self._changed(peering.record)
+            if self._group is not None:
+                self._start(self._group, peering)
+
+    def _remove(self, name: str) -> None:
+        peering = self._peerings.pop(name)
+        self._at = {address: other for address, other in self._at.items() if other is not peering}
+        if (task := self._connecting.pop(name, None)) is not None:
+            task.cancel()
+        peering.end()
+        self._channels = {other: record for other, record in self._channels.items() if other != name}
+        self._reports = {other: report for other, report in self._reports.items() if other != name}
+        self._write_channels(self._channels)
+        self._write_reports(self._reports)
+
+    def _start(self, group: asyncio.TaskGroup, peering: Peering) -> None:
+        if leads(self._node, peering.peer):
+            lead = group.create_task(peering.lead(partial(self._connect, peering.peer)))
+            self._connecting[peering.peer.name] = lead
+        else:
+            group.create_task(self._knock(peering.peer))
 
     def listen(self) -> list[socket.socket]:
         """Bind the keying port on every address of this node; `KeyingError` says which one is taken."""
@@ -110,13 +162,12 @@ class Keying:
             for listener in listeners:
                 loop.add_reader(listener, self._accept, listener, group)
             try:
+                self._group = group
                 for peering in self._peerings.values():
-                    if leads(self._node, peering.peer):
-                        group.create_task(peering.lead(partial(self._connect, peering.peer)))
-                    else:
-                        group.create_task(self._knock(peering.peer))
+                    self._start(group, peering)
                 await asyncio.Event().wait()
             finally:
+                self._group = None
                 self._over = True
                 for listener in listeners:
                     loop.remove_reader(listener)
@@ -202,6 +253,8 @@ class Keying:
         if identity.cluster != self._config.cluster or peering is None:
             raise KeyingError("admit", f"{identity.cluster}/{identity.node}", "it is not a node of this cluster.toml")
         peer = peering.peer
+        if identity.serial in self._config.revoked:
+            raise KeyingError("admit", peer.name, f"its certificate {identity.serial:x} is revoked")
         if set(identity.addresses) != set(peer.addresses):
             raise KeyingError("admit", peer.name, "its certificate is for other addresses than cluster.toml has")
         if channel.remote not in {str(address) for address in peer.addresses}:

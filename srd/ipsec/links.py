@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from srd.config import Node
 from srd.desired import leg_addresses
@@ -20,8 +21,8 @@ class Keys:
 
     pins: Mapping[IpAddress, int]  # the peer's address -> outbound SPI
     receives: frozenset[int]  # the inbound SPIs
-    suite: Suite
-    suite_reason: str
+    suite: Suite | None
+    suite_reason: str | None
 
     @classmethod
     def of(cls, generation: Generation) -> Keys:
@@ -32,6 +33,10 @@ class Keys:
             suite=generation.suite,
             suite_reason=generation.suite_reason,
         )
+
+
+# A peer that is trusted no more: nothing is sent, nothing is received.
+NO_KEYS: Final = Keys(pins={}, receives=frozenset(), suite=None, suite_reason=None)
 
 
 @dataclass(frozen=True, slots=True)

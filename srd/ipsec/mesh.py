@@ -26,7 +26,7 @@ import structlog
 from srd.config import Config, Node
 from srd.desired import Flow, Rule, Treatment, Way, leg_addresses, rules
 from srd.ipsec import xfrm
-from srd.ipsec.links import Keys, Observed, fresh_link, grouped, link
+from srd.ipsec.links import NO_KEYS, Keys, Observed, fresh_link, grouped, link
 from srd.ipsec.policies import (
     INDEX_BASE,
     INDEX_SPAN,
@@ -39,7 +39,7 @@ from srd.ipsec.policies import (
     policy_key,
 )
 from srd.ipsec.sas import Generation, inbound_sa, outbound_sa
-from srd.model import IpAddress
+from srd.model import IpAddress, SrdError
 from srd.reconcile import boottime, diff
 from srd.state import Kernel, Link, Store
 
@@ -86,14 +86,7 @@ class Mesh:
         self._socket = socket
         self._wake = wake
         self._lock = asyncio.Lock()
-        self._rules = rules(config, node)
-        self._peers = {peer.name: _Peer(peer) for peer in config.peers_of(node.name)}
-        # What pinning changes: the outbound ESP policies, by peer.
-        self._pinned: dict[str, list[tuple[Flow, Rule]]] = {name: [] for name in self._peers}
-        for flow, rule in self._rules.items():
-            if rule.treatment is Treatment.ESP and rule.peer is not None and flow.way is Way.OUT:
-                self._pinned[rule.peer].append((flow, rule))
-        self._at = {address: peer for peer in self._peers.values() for address in peer.node.addresses}
+        self._take(config, {})
         # The last pass: what it found, and where each of srd's policies is.
         self._seen = Observed()
         self._indices: dict[PolicyKey, int] = {}
@@ -103,7 +96,36 @@ class Mesh:
         self._write_links = store.writer("links")
         self._write_kernel = store.writer("kernel")
 
+    def _take(self, config: Config, known: Mapping[str, _Peer]) -> None:
+        """Want what a file wants; of peers that it has unchanged, what is known stays."""
+        self._rules = rules(config, self._node)
+        self._peers = {
+            peer.name: known[peer.name] if peer.name in known and known[peer.name].node == peer else _Peer(peer)
+            for peer in config.peers_of(self._node.name)
+        }
+        # What pinning changes: the outbound ESP policies, by peer.
+        self._pinned: dict[str, list[tuple[Flow, Rule]]] = {name: [] for name in self._peers}
+        for flow, rule in self._rules.items():
+            if rule.treatment is Treatment.ESP and rule.peer is not None and flow.way is Way.OUT:
+                self._pinned[rule.peer].append((flow, rule))
+        self._at = {address: peer for peer in self._peers.values() for address in peer.node.addresses}
+
+    async def adopt(self, config: Config) -> None:
+        """Take a changed file in: policies of new peers stand when this returns, what is of former ones is gone."""
+        async with self._lock:
+            self._take(config, self._peers)
+            self._settled = False  # what is mended now is no drift
+        await self.reconcile()
+
     # --- what keying asks for, in the order in which it asks
+
+    async def forget(self, peer: str) -> None:
+        """Give all keys with a peer up at once, because it is trusted no more; the policies drop what they cover."""
+        async with self._lock:
+            known = self._peer(peer)
+            known.keys, known.receives, known.grace_ends = NO_KEYS, frozenset(), 0.0
+            known.pending.clear()
+        await self.reconcile()
 
     async def sends(self, peer: str) -> tuple[int, ...]:
         """Return the SPIs that this node's packets to the peer leave under."""
@@ -117,7 +139,7 @@ class Mesh:
         Without this, each exchange that breaks half-way would leave keys behind that nobody knows to be unused.
         """
         async with self._lock:
-            self._confirm(self._peers[peer], sends)
+            self._confirm(self._peer(peer), sends)
 
     async def install(self, generation: Generation) -> None:
         """Make the kernel able to receive under the new keys, and to send; nobody does yet.
@@ -125,7 +147,7 @@ class Mesh:
         Raises `XfrmError`, `AlreadyExistsError` for an SPI that is taken; `discard` takes back what was installed.
         """
         async with self._lock:
-            pending = self._peers[generation.peer].pending
+            pending = self._peer(generation.peer).pending
             for make in (inbound_sa, outbound_sa):
                 for leg in generation.legs:
                     sa = make(generation, leg)
@@ -136,7 +158,7 @@ class Mesh:
         """Send under the new keys from now on. The peer must be able to receive them."""
         async with self._lock:
             name, keys = generation.peer, Keys.of(generation)
-            self._peers[name].keys = keys
+            self._peer(name).keys = keys
             for flow, rule in self._pinned[name]:
                 if flow.remote is not None:
                     await self._repin(flow, rule, keys.pins[flow.remote])
@@ -155,7 +177,7 @@ class Mesh:
     async def retire(self, peer: str) -> None:
         """Both ends send under the new keys: old outbound SAs go now, old inbound ones after the grace."""
         async with self._lock:
-            known = self._peers[peer]
+            known = self._peer(peer)
             if known.keys is not None:
                 self._confirm(known, known.keys.receives)
 
@@ -169,15 +191,21 @@ class Mesh:
     async def discard(self, generation: Generation) -> None:
         """Give up a generation that nobody sends under: what `install` has installed of it, and nothing else."""
         async with self._lock:
-            pending = self._peers[generation.peer].pending
+            pending = self._peer(generation.peer).pending
             made = {(leg.local, leg.spi_in) for leg in generation.legs}
             made |= {(leg.remote, leg.spi_out) for leg in generation.legs}
             for destination, spi in made & pending:
                 await self._delete_sa(destination, spi)
             pending -= made
 
+    def _peer(self, name: str) -> _Peer:
+        try:
+            return self._peers[name]
+        except KeyError:
+            raise SrdError("make keys with", name, "it is no peer any more") from None
+
     def _legs(self, peer: str) -> tuple[tuple[IpAddress, IpAddress], ...]:
-        return leg_addresses(self._node, self._peers[peer].node)
+        return leg_addresses(self._node, self._peer(peer).node)
 
     # --- the reconciler
 
@@ -193,8 +221,10 @@ class Mesh:
             wanted = self._wanted(pins)
             # Somebody else's policies stand where these belong: a condition, never overwritten.
             occupied = {policy_key(info.policy) for info in others if not info.sub} & (wanted.keys() - owned.keys())
-            await self._apply(wanted, owned, occupied)
+            former = await self._apply(wanted, owned, occupied)
             kept = await self._retire_sas(sas, pins)
+            for policy in former:
+                await self._socket.delete_policy(policy)
             self._seen = Observed(pins, _addresses(occupied), grouped(kept))
             self._publish(overrides([info.policy for info in others], wanted, occupied))
             self._settled = True
@@ -232,7 +262,8 @@ class Mesh:
         wanted: Mapping[PolicyKey, xfrm.Policy],
         owned: Mapping[PolicyKey, xfrm.Policy],
         occupied: AbstractSet[PolicyKey],
-    ) -> None:
+    ) -> list[xfrm.Policy]:
+        """Add and change; return what is to be removed, closed already, for when its SAs are gone."""
         difference = diff(wanted, {key: replace(policy, index=0) for key, policy in owned.items()})
         self._indices = {key: policy.index for key, policy in owned.items()}
         taken = {index >> 3 for index in self._indices.values()}
@@ -246,10 +277,13 @@ class Mesh:
             self._count_drift(policy)
         for key, policy in difference.change.items():
             await self._socket.update_policy(replace(policy, index=owned[key].index))
-        for key in difference.remove:
-            await self._socket.delete_policy(owned[key])
-            del self._indices[key]
-            self._count_drift(owned[key])
+        former = [owned[key] for key in difference.remove]
+        for policy in former:
+            if policy.templates:
+                await self._socket.update_policy(replace(policy, action=xfrm.Action.BLOCK, templates=()))
+            del self._indices[policy_key(policy)]
+            self._count_drift(policy)
+        return former
 
     def _count_drift(self, policy: xfrm.Policy) -> None:
         if self._settled:

@@ -86,12 +86,24 @@ class Peering:
         """Hear that the peer has just come up: do not wait to try it again."""
         self._knocked.set()
 
+    @property
+    def serial(self) -> int | None:
+        """The serial number of the certificate by which the peer is let in now."""
+        identity = self._live.identity if self._live is not None else None
+        return identity.serial if identity is not None else None
+
     def close(self) -> None:
         """Give the connection up; whoever holds it ends by that."""
         for channel in (self._live, self._former, self._making):
             if channel is not None:
                 channel.close()
         self._live = None
+
+    def end(self) -> None:
+        """Close it for good: what its tasks still have to say is nobody's business any more."""
+        self._changed = lambda _record: None
+        self._heard = lambda _peer, _beat: None
+        self.close()
 
     async def lead(self, connect: Callable[[], Awaitable[TlsChannel]]) -> None:
         """Connect, make keys, and make new ones when they are due, until cancelled."""

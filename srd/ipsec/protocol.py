@@ -177,6 +177,7 @@ class Terms:
     counted: int
     sends: tuple[int, ...]
     spis: tuple[int, ...]
+    prescribed: bool = False  # the grades are those of ipsec.suites
 
 
 class End:
@@ -230,6 +231,10 @@ class End:
             raise self._refuse("the exchange was given up")
         return self.made
 
+    def _choose(self, leaders: Mapping[Suite, int], followers: Mapping[Suite, int]) -> None:
+        self._suite, reason = choose(leaders, followers)
+        self._reason = "ipsec.suites of cluster.toml has it first" if self.terms.prescribed else reason
+
     def _greeted(self, hello: Hello) -> None:
         if hello.protocol != PROTOCOL:
             raise KeyingError(
@@ -278,7 +283,7 @@ class Leader(End):
     def _greet(self, hello: Hello) -> Sequence[Action]:
         self._greeted(hello)
         self._boot_id = hello.boot_id
-        self._suite, self._reason = choose(self.terms.grades, _suites(hello.grades))
+        self._choose(self.terms.grades, _suites(hello.grades))
         self.counted = max(self.counted, hello.generation) + 1
         self.expects = Prepared
         return [
@@ -313,7 +318,7 @@ class Follower(End):
     def _greet(self, hello: Hello) -> Sequence[Action]:
         self._greeted(hello)
         self._boot_id = hello.boot_id
-        self._suite, self._reason = choose(_suites(hello.grades), self.terms.grades)
+        self._choose(_suites(hello.grades), self.terms.grades)
         self.expects = Prepare
         return [Agree(frozenset(hello.sends))]
 

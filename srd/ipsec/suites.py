@@ -7,7 +7,7 @@ measured on one core), and with them it is faster. The slower end of a link sets
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +34,13 @@ def grades(installable: Iterable[Suite], proc_crypto: str) -> Mapping[Suite, int
     aes = _AES_ACCELERATED if _aes_accelerated(proc_crypto) else _AES_IN_SOFTWARE
     known = {Suite.AES_256_GCM: aes, Suite.CHACHA20_POLY1305: _CHACHA}
     return {suite: known[suite] for suite in installable}
+
+
+def prescribed(grades_here: Mapping[Suite, int], suites: Sequence[Suite]) -> Mapping[Suite, int]:
+    """Return grades by which the first of `suites` that both ends have wins; the ones given when `suites` is empty."""
+    if not suites:
+        return grades_here
+    return {suite: len(suites) - rank for rank, suite in enumerate(suites) if suite in grades_here}
 
 
 def choose(mine: Mapping[Suite, int], theirs: Mapping[Suite, int]) -> tuple[Suite, str]:

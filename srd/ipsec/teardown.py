@@ -44,4 +44,4 @@ async def teardown(socket: xfrm.XfrmSocket) -> Owned:
 def protected_ports(found: Owned) -> frozenset[int]:
     """Return the TCP ports that the policies keep from everybody outside the mesh: those of redis and sentinel."""
     blocking = [policy for policy in found.policies if policy.action is xfrm.Action.BLOCK]
-    return frozenset(p.selector.destination_port for p in blocking if p.direction is xfrm.Direction.IN)
+    return frozenset(p.selector.destination_port for p in blocking if p.direction is xfrm.Direction.IN) - {0}

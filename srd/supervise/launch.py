@@ -31,6 +31,10 @@ class Launcher:
         self._secrets = secrets
         self._register = register
 
+    def adopt(self, config: Config) -> None:
+        """Render the next files by a changed cluster.toml."""
+        self._config = config
+
     def argv(self, service: Service) -> tuple[str, ...]:
         """Return the argument vector that the service is started with. No secret is ever in it."""
         program = programs.find_program(self._config, service)

@@ -75,6 +75,11 @@ class Services:
         self._ending = False
         self._one_pass = asyncio.Lock()
 
+    def adopt(self, config: Config) -> None:
+        """Start children by a changed file from now on; those that run go on as they are."""
+        self._config = config
+        self._launcher.adopt(config)
+
     async def run(self) -> None:
         """Probe the children until cancelled; they live on."""
         if not self._processes:

@@ -99,7 +99,8 @@ def identify(certificate: x509.Certificate) -> Identity:
         raise ValueError(msg)
     units = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
     kind = NodeKind(str(units[0].value)) if units else NodeKind.REDIS
-    return Identity(cluster, node, kind, tuple(names.get_values_for_type(x509.IPAddress)))  # type: ignore[arg-type]
+    addresses = tuple(names.get_values_for_type(x509.IPAddress))
+    return Identity(cluster, node, kind, addresses, certificate.serial_number)  # type: ignore[arg-type]
 
 
 def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -89,33 +89,35 @@ def _write_all(config: Config, text: str, directory: Path, now: datetime.datetim
     authority = make_authority(config.cluster, now)
     passwords = {name: secrets.token_urlsafe(_PASSWORD_BYTES) for name in _SecretsFile.__struct_fields__}
     secrets_toml = "".join(f'{name} = "{value}"\n' for name, value in passwords.items())
-    _write(directory / "cluster.toml", text, PUBLIC)
-    _write(directory / "ca.crt", authority.certificate, PUBLIC)
-    _write(directory / "ca.key", authority.key.reveal(), PRIVATE)
+    write_file(directory / "cluster.toml", text, PUBLIC)
+    write_file(directory / "ca.crt", authority.certificate, PUBLIC)
+    write_file(directory / "ca.key", authority.key.reveal(), PRIVATE)
     for node in config.nodes:
         identity = Identity(config.cluster, node.name, node.kind, node.addresses)
         bundle = directory / node.name
         bundle.mkdir(mode=0o700)
-        _write(bundle / "cluster.toml", text, PUBLIC)
-        _write(bundle / "ca.crt", authority.certificate, PUBLIC)
-        _write(bundle / "secrets.toml", secrets_toml, PRIVATE)
+        write_file(bundle / "cluster.toml", text, PUBLIC)
+        write_file(bundle / "ca.crt", authority.certificate, PUBLIC)
+        write_file(bundle / "secrets.toml", secrets_toml, PRIVATE)
         for name, issued in (
             ("node", issue_node(authority, identity, now)),
             ("tls", issue_tls(authority, identity, now)),
         ):
-            _write_issued(bundle, name, issued)
+            write_issued(bundle, name, issued)
     client = directory / CLIENT_DIRECTORY
     client.mkdir(mode=0o700)
-    _write(client / "ca.crt", authority.certificate, PUBLIC)
-    _write(client / "redis_password", passwords["redis_password"] + "\n", PRIVATE)
+    write_file(client / "ca.crt", authority.certificate, PUBLIC)
+    write_file(client / "redis_password", passwords["redis_password"] + "\n", PRIVATE)
 
 
-def _write_issued(bundle: Path, name: str, issued: Issued) -> None:
-    _write(bundle / f"{name}.crt", issued.certificate, PUBLIC)
-    _write(bundle / f"{name}.key", issued.key.reveal(), PRIVATE)
+def write_issued(bundle: Path, name: str, issued: Issued) -> None:
+    """Write a certificate and its key, as NAME.crt and NAME.key."""
+    write_file(bundle / f"{name}.crt", issued.certificate, PUBLIC)
+    write_file(bundle / f"{name}.key", issued.key.reveal(), PRIVATE)
 
 
-def _write(path: Path, content: str | bytes, mode: int) -> None:
+def write_file(path: Path, content: str | bytes, mode: int = PRIVATE) -> None:
+    """Write a file that must not exist."""
     data = content.encode() if isinstance(content, str) else content
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:

@@ -243,6 +243,54 @@ def test_keys_that_are_deleted_come_back_within_seconds_and_nothing_leaves_witho
             assert link["channel"]["last_error"] is None, link
 
 
+def edited(lab: Lab, nodes: tuple[str, ...], text: str) -> None:
+    """Give nodes another cluster.toml and have them take it in."""
+    for node in nodes:
+        Path(f"/var/lab/{node}/etc/srd/cluster.toml").write_text(text)
+        lab.on(node, "srd", "reload")
+
+
+def test_a_node_leaves_and_comes_back_while_the_others_lose_nothing(lab: Lab) -> None:
+    lab.wait_whole()
+    leaving = next(node for node in lab.nodes if node != lab.primary())
+    staying = tuple(node for node in lab.nodes if node != leaving)
+    whole = Path(f"/var/lab/{leaving}/etc/srd/cluster.toml").read_text()
+    entry = re.search(rf'\n\[\[node\]\]\nname = "{leaving}"\n.*\n', whole)
+    assert entry is not None
+    with subprocess.Popen(
+        ["on", staying[0], "ping", "-q", "-i", "0.02", staying[1]], stdout=subprocess.PIPE, text=True
+    ) as pinging:
+        edited(lab, staying, whole.replace(entry[0], "\n"))
+        for node in staying:
+            assert {link["peer"] for link in lab.srd(node, "links")["links"]} == {*staying} - {node}
+            assert not reaches(lab, node, leaving, 6379)
+        edited(lab, staying, whole)
+        lab.wait_whole()
+        pinging.send_signal(signal.SIGINT)
+        said, _ = pinging.communicate(timeout=60)
+    sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
+    print(f"\na node left and came back, {sent} packets between the others, {sent - received} lost")  # noqa: T201
+    assert received == sent
+
+
+def test_a_file_that_cannot_be_taken_in_changes_nothing(lab: Lab) -> None:
+    lab.wait_whole()
+    file = Path(f"/var/lab/{lab.nodes[0]}/etc/srd/cluster.toml")
+    whole = file.read_text()
+    for text, words in (
+        (whole + "[redis]\nport = 6390\n", "redis.port cannot change while srd runs; restart srd"),
+        (whole + "[redis]\nprot = 1\n", "redis.prot: no such key"),
+        ("", "cluster: missing"),
+    ):
+        file.write_text(text)
+        done = lab.on(lab.nodes[0], "srd", "reload", check=False)
+        assert done.returncode == 78, done
+        assert words in done.stderr
+    file.write_text(whole)
+    assert "taken in" in lab.on(lab.nodes[0], "srd", "reload").stdout
+    assert lab.whole()
+
+
 def test_a_hundred_rekeys_under_a_flow_lose_no_packet(lab: Lab) -> None:
     lab.wait_whole()
     node, peer = lab.nodes[0], lab.nodes[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import datetime as dt
 import socket
 from collections.abc import AsyncIterator
 from collections.abc import Set as AbstractSet
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from support.clusters import cluster_toml, make_bundles
+from support.clusters import cluster_toml, make_bundles, paths_of
 
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.ipsec.exchange import STEP_SECONDS
@@ -24,7 +25,8 @@ from srd.model import IpsecMode, Role, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime
 from srd.state import PeerReport, Store
 from srd.trust.authority import identify
-from srd.trust.bundle import Bundle
+from srd.trust.bundle import Bundle, load_bundle
+from srd.trust.issuing import renew_node
 
 SOFTWARE_AES = {Suite.AES_256_GCM: 1, Suite.CHACHA20_POLY1305: 2}
 FAST_AES = {Suite.AES_256_GCM: 3, Suite.CHACHA20_POLY1305: 2}
@@ -223,6 +225,61 @@ async def test_either_end_gets_new_keys_and_neither_sees_the_connection_fail(
         records = [store.view().channels[peer] for store, peer in ends]
     assert [record.since for record in records] == since
     assert [(record.connected, record.failures, record.keyings) for record in records] == [(True, 0, 3)] * 2
+
+
+async def test_peers_come_and_go_and_the_others_notice_nothing(bundles: dict[str, Bundle]) -> None:
+    tables = Tables()
+    nodes = {name: keying_of(bundle, tables, FAST_AES) for name, bundle in bundles.items()}
+    (one, store), whole = nodes["redis-1"], bundles["redis-1"]
+    without = dataclasses.replace(whole.config, nodes=whole.config.nodes[:2])
+    async with running(*(keying for keying, _ in nodes.values())):
+        await store.wait_for(lambda view: all(c.connected for c in view.channels.values()), 20)
+        before = store.view().channels["redis-2"]
+        one.adopt(without, whole.credentials)
+        assert set(store.view().channels) == {"redis-2"}
+        other = nodes["redis-3"][1]
+        view = await other.wait_for(lambda view: not view.channels["redis-1"].connected, 20)
+        assert view.channels["redis-2"].connected
+        one.adopt(whole.config, whole.credentials)
+        await store.wait_for(lambda view: view.channels["redis-3"].connected, 20)
+        assert store.view().channels["redis-2"] == before
+
+
+async def test_a_revoked_certificate_is_put_out_and_not_let_in_again_but_a_new_one_is(
+    bundles: dict[str, Bundle], tmp_path: Path
+) -> None:
+    tables = Tables()
+    one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
+    revoked = dataclasses.replace(
+        bundles["redis-1"].config, revoked=frozenset({bundles["redis-2"].credentials.identity.serial})
+    )
+    async with running(one, two):
+        await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        assert one.adopt(revoked, bundles["redis-1"].credentials) == {"redis-2"}
+        view = await store.wait_for(lambda view: "is revoked" in (view.channels["redis-2"].last_error or ""), 20)
+        assert not view.channels["redis-2"].connected
+        renew_node(tmp_path / "bundles", "redis-2", dt.datetime.now(dt.UTC))
+        renewed = esp(load_bundle(paths_of(tmp_path, "redis-2"), dt.datetime.now(dt.UTC)))
+        two.adopt(renewed.config, renewed.credentials)
+        await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+
+
+async def test_a_new_certificate_and_other_suites_are_in_use_after_a_renewal_of_the_keys(
+    bundles: dict[str, Bundle],
+) -> None:
+    tables = Tables()
+    nodes = {name: keying_of(bundles[name], tables, FAST_AES) for name in ("redis-1", "redis-2")}
+    store = nodes["redis-1"][1]
+    async with running(*(keying for keying, _ in nodes.values())):
+        view = await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        assert view.channels["redis-2"].suite is Suite.AES_256_GCM
+        for name, (keying, _) in nodes.items():
+            section = msgspec.structs.replace(bundles[name].config.ipsec, suites=("chacha20-poly1305",))
+            keying.adopt(dataclasses.replace(bundles[name].config, ipsec=section), bundles[name].credentials)
+        view = await store.wait_for(lambda view: view.channels["redis-2"].suite is Suite.CHACHA20_POLY1305, 20)
+    assert view.channels["redis-2"].suite_reason == "ipsec.suites of cluster.toml has it first"
+    assert view.channels["redis-2"].connected
 
 
 async def test_only_a_peers_keys_can_be_renewed(bundles: dict[str, Bundle]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from support.situations import arbiter_situation, primary_situation
 
-from srd.desired import Start, Wanted, services
+from srd.config import parse_config
+from srd.desired import Start, Wanted, needs_restart, services
 from srd.model import Service
 from srd.state import Child, ChildState, Kernel, Situation
 
@@ -75,3 +76,36 @@ def test_an_arbiter_runs_a_sentinel_alone() -> None:
     whole = arbiter_situation()
     fresh = replace(whole, view=replace(whole.view, children={}))
     assert services(fresh, Start()) == {Service.SENTINEL: RUN}
+
+
+RELOADED = """
+cluster = "orders"
+{top}
+[[node]]
+name = "redis-1"
+addresses = ["{address}"]
+[[node]]
+name = "redis-2"
+addresses = ["192.0.2.2"]
+{more}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "stuck"),
+    [
+        ({}, ()),
+        ({"more": '[[node]]\nname = "redis-3"\naddresses = ["192.0.2.3"]'}, ()),
+        ({"more": '[ipsec]\nbypass = []\nsuites = ["aes-256-gcm"]\n[trust]\nrevoked = ["0a:ff"]'}, ()),
+        ({"more": "[http]\nmax_connections = 9"}, ()),
+        ({"more": "[http]\nport = 8081"}, ("http.port",)),
+        ({"more": '[redis]\nport = 6390\n[redis.settings]\nmaxmemory = "1gb"'}, ("redis.port", "redis.settings")),
+        ({"more": '[ipsec]\nmode = "off"'}, ("ipsec.mode",)),
+        ({"top": "listen_localhost = false"}, ("listen_localhost",)),
+        ({"address": "192.0.2.9"}, ("node redis-1",)),
+    ],
+)
+def test_what_a_running_node_can_take_in(changes: dict[str, str], stuck: tuple[str, ...]) -> None:
+    whole = {"top": "", "address": "192.0.2.1", "more": ""}
+    old, new = (parse_config(RELOADED.format(**values), "cluster.toml") for values in (whole, whole | changes))
+    assert needs_restart(old, new, old.node("redis-1")) == stuck

@@ -137,6 +137,12 @@ class World:
         await self.mesh.reconcile()
         assert self.kernel.changes == before, "a second pass changed something"
 
+    async def settle_as(self, config: Config) -> None:
+        """Make another pass, by which nothing may change."""
+        before = list(self.kernel.changes)
+        await self.mesh.adopt(config)
+        assert self.kernel.changes == before
+
     async def key(self, made: Generation) -> None:
         await self.mesh.install(made)
         await self.mesh.pin(made)
@@ -195,6 +201,9 @@ async def test_an_outsider_reaches_neither_redis_nor_sentinel(world: World) -> N
         for source_port in (40000, 22, 849, 840):
             assert world.kernel.fate(Packet(Direction.IN, OUTSIDER, me, TCP, source_port, port)) is Fate.DROPPED
             assert world.kernel.fate(Packet(Direction.OUT, me, OUTSIDER, TCP, port, source_port)) is Fate.DROPPED
+            # Nor do this node's programs reach another cluster's, or a node's that is no member any more.
+            assert world.kernel.fate(Packet(Direction.OUT, me, OUTSIDER, TCP, source_port, port)) is Fate.DROPPED
+            assert world.kernel.fate(Packet(Direction.IN, OUTSIDER, me, TCP, port, source_port)) is Fate.DROPPED
     assert world.kernel.fate(Packet(Direction.IN, OUTSIDER, me, TCP, 40000, 6380)) is Fate.PLAINTEXT
     assert world.kernel.fate(Packet(Direction.IN, me, me, TCP, 40000, 6379)) is Fate.PLAINTEXT
 
@@ -300,7 +309,7 @@ async def test_teardown_removes_what_is_srds_and_nothing_else_and_outsiders_reac
     assert protected_ports(removed) == {6379, 26379}
     assert [info.policy for info in await world.kernel.policies()] == [STRANGER]
     assert [sa.spi for sa in await world.kernel.sas()] == [STRANGERS_SA.spi]
-    assert max(open_after) <= 8, "only policies that block are left by then"
+    assert max(open_after) <= 16, "only policies that block are left by then"
 
 
 class Expiring:
@@ -361,6 +370,72 @@ async def test_keys_that_have_carried_enough_are_worn_until_they_are_replaced(wo
             assert world.store.view().links["redis-2"].worn is worn
     await world.key(second)
     assert not world.store.view().links["redis-2"].worn
+
+
+FOUR = parse_config(TEXT + '[[node]]\nname = "redis-4"\naddresses = ["192.0.2.4", "2001:db8::4"]\n', "cluster.toml")
+TWO_ONLY = parse_config(TEXT.partition('[[node]]\nname = "redis-3"')[0], "cluster.toml")
+
+
+async def test_a_new_peer_is_closed_from_the_start_and_no_other_link_changes(world: World) -> None:
+    await world.settle()
+    await world.key_all()
+    before = {sa.spi for sa in await world.kernel.sas()}
+    await world.mesh.adopt(FOUR)
+    new = tuple(packet for packet in protected_packets(FOUR) if packet not in PROTECTED)
+    assert new
+    assert {world.kernel.fate(packet) for packet in new} == {Fate.DROPPED}
+    assert not world.leaks
+    assert {sa.spi for sa in await world.kernel.sas()} == before
+    assert world.fates() == {Fate.ESP}
+    kernel = world.store.view().kernel
+    assert kernel is not None
+    assert kernel.drift_mended == 0
+
+
+async def test_a_peer_that_leaves_is_blocked_before_its_keys_go_and_open_only_when_all_is_gone(world: World) -> None:
+    await world.settle()
+    await world.key_all()
+    leaving = [packet for packet in PROTECTED if ip_address("192.0.2.3") in (packet.source, packet.destination)]
+    staying = [packet for packet in PROTECTED if ip_address("192.0.2.2") in (packet.source, packet.destination)]
+    fates: list[set[Fate]] = []
+
+    def look() -> None:
+        fates.append({world.kernel.fate(packet) for packet in leaving})
+        assert Fate.PLAINTEXT not in {world.kernel.fate(packet) for packet in staying}
+        if Fate.PLAINTEXT in fates[-1]:
+            assert not [sa for sa in world.kernel._sas.values() if str(sa.destination) == "192.0.2.3"]
+
+    world.kernel._changed = look
+    await world.mesh.adopt(TWO_ONLY)
+    assert {Fate.DROPPED} in fates, "between ESP and nothing there is BLOCK"
+    assert "redis-3" not in world.store.view().links
+    assert {info.policy.index >> 3 for info in await world.kernel.policies()} == {
+        index >> 3 for index in world.mesh._indices.values()
+    }
+    world.kernel._changed = lambda: None
+    await world.settle_as(TWO_ONLY)
+
+
+async def test_a_peer_that_is_trusted_no_more_is_cut_off_at_once_and_can_be_keyed_again(world: World) -> None:
+    await world.settle()
+    await world.key_all()
+    await world.mesh.forget("redis-3")
+    assert not world.store.view().links["redis-3"].keyed
+    assert world.store.view().links["redis-2"].protected
+    assert {str(sa.source) for sa in await world.kernel.sas()} & {"192.0.2.3", "2001:db8::3"} == set()
+    assert not world.leaking(PROTECTED)
+    await world.key(generation(random.Random(9), "redis-3", 2))
+    assert world.store.view().links["redis-3"].protected
+
+
+async def test_a_peer_with_another_address_is_another_peer(world: World) -> None:
+    await world.settle()
+    await world.key_all()
+    moved = parse_config(TEXT.replace("192.0.2.3", "192.0.2.33"), "cluster.toml")
+    await world.mesh.adopt(moved)
+    link = world.store.view().links["redis-3"]
+    assert (str(link.legs[0].remote), link.keyed) == ("192.0.2.33", False)
+    assert "192.0.2.3" not in {str(sa.destination) for sa in await world.kernel.sas()}
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,0 +1,102 @@
+"""What the machine with the authority's key does after `srd init`: bundles for more nodes, and new certificates.
+
+Both work on the directory that `srd init` made. What they change is written beside it, and put in place by a rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from srd.config import Config, Node, parse_config
+from srd.model import ConfigError, Identity, NodeKind, Secret
+from srd.trust.authority import Issued, issue_node, issue_tls
+from srd.trust.bundle import CLIENT_DIRECTORY, PUBLIC, write_file, write_issued
+
+_OPERATION = "add the node"
+
+
+def add_node(
+    directory: Path, name: str, addresses: Sequence[str], kind: NodeKind, now: datetime.datetime
+) -> tuple[Config, Node]:
+    """Put one more node into cluster.toml and make its bundle; the other bundles get the new cluster.toml."""
+    text = _read(directory / "cluster.toml") + (
+        f"\n[[node]]\nname = {json.dumps(name)}\naddresses = {json.dumps(list(addresses))}\n"
+        + (f'kind = "{kind}"\n' if kind is not NodeKind.REDIS else "")
+    )
+    config = parse_config(text, f"{directory / 'cluster.toml'} with {name}")
+    if name == CLIENT_DIRECTORY or (directory / name).exists():
+        raise ConfigError(_OPERATION, name, f"{directory / name} is taken", "choose another name")
+    node = config.node(name)
+    secrets = _read(_some_bundle(directory, config, name) / "secrets.toml")
+    with _staging(directory, name) as staging:
+        write_file(staging / "cluster.toml", text, PUBLIC)
+        write_file(staging / "ca.crt", _read(directory / "ca.crt"), PUBLIC)
+        write_file(staging / "secrets.toml", secrets)
+        _issue(directory, config, node, staging, now)
+        staging.rename(directory / name)
+    for place in (directory, *(directory / other.name for other in config.nodes if other.name != name)):
+        if (place / "cluster.toml").exists():
+            _replace(place / "cluster.toml", text, PUBLIC)
+    return config, node
+
+
+def renew_node(directory: Path, name: str, now: datetime.datetime) -> Node:
+    """Issue new certificates, with new keys, for a node that there is."""
+    config = parse_config(_read(directory / "cluster.toml"), str(directory / "cluster.toml"))
+    try:
+        node = config.node(name)
+    except KeyError:
+        raise ConfigError("renew the certificates of", name, f"{directory} has no such node") from None
+    with _staging(directory, name) as staging:
+        _issue(directory, config, node, staging, now)
+        for file in sorted(staging.iterdir()):
+            file.rename(directory / name / file.name)
+    return node
+
+
+def _issue(directory: Path, config: Config, node: Node, into: Path, now: datetime.datetime) -> None:
+    authority = Issued(_read(directory / "ca.crt").encode(), Secret(_read(directory / "ca.key")))
+    identity = Identity(config.cluster, node.name, node.kind, node.addresses)
+    write_issued(into, "node", issue_node(authority, identity, now))
+    write_issued(into, "tls", issue_tls(authority, identity, now))
+
+
+@contextlib.contextmanager
+def _staging(directory: Path, name: str) -> Iterator[Path]:
+    """A private directory beside the bundles, gone at the end unless it was renamed."""
+    try:
+        path = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=directory))
+    except OSError as error:
+        raise ConfigError("write to", str(directory), str(error.strerror).lower()) from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _some_bundle(directory: Path, config: Config, but: str) -> Path:
+    for node in config.nodes:
+        if node.name != but and (directory / node.name / "secrets.toml").exists():
+            return directory / node.name
+    raise ConfigError(_OPERATION, but, f"{directory} has no other node's bundle, so no passwords", "keep one there")
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    write_file(beside, text, mode)
+    beside.replace(path)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
+        raise ConfigError("read", str(path), reason.lower(), "give the directory that srd init made") from error

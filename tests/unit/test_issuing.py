@@ -1,0 +1,81 @@
+"""More nodes and new certificates, from the directory that srd init made."""
+
+from __future__ import annotations
+
+import datetime as dt
+import stat
+from pathlib import Path
+
+import pytest
+from support.clusters import NODES, cluster_toml, make_bundles, paths_of
+
+from srd.model import ConfigError, NodeKind
+from srd.trust.bundle import load_bundle
+from srd.trust.issuing import add_node, renew_node
+
+NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_bundles(tmp_path, cluster_toml(), NOW)
+    return tmp_path
+
+
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_node_that_is_added_has_a_whole_bundle_and_the_others_know_of_it(root: Path) -> None:
+    before = [load_bundle(paths_of(root, name), NOW) for name in NODES]
+    add_node(root / "bundles", "redis-4", ["127.0.1.4"], NodeKind.REDIS, NOW)
+    added = load_bundle(paths_of(root, "redis-4"), NOW)
+    assert added.node.name == "redis-4"
+    for bundle in before:
+        after = load_bundle(paths_of(root, bundle.node.name), NOW)
+        assert after.config == added.config
+        assert [node.name for node in after.config.nodes] == [*NODES, "redis-4"]
+        assert (after.credentials, after.secrets) == (bundle.credentials, added.secrets)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (root / "bundles" / "redis-4").iterdir()}
+    assert {name for name, mode in modes.items() if mode == 0o600} == {"node.key", "tls.key", "secrets.toml"}
+    assert [path for path in (root / "bundles").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "addresses", "words"),
+    [
+        ("redis-1", ["127.0.1.9"], "redis-1 is node 'redis-1' already"),
+        ("redis-4", ["127.0.1.1"], "127.0.1.1 is node 'redis-1' already"),
+        ("redis-4", ["here"], "'here' is not an IP address"),
+        ("client", ["127.0.1.4"], "is taken"),
+    ],
+)
+def test_a_node_that_cannot_be_is_refused_and_changes_nothing(
+    root: Path, name: str, addresses: list[str], words: str
+) -> None:
+    before = contents(root)
+    with pytest.raises(ConfigError, match=words):
+        add_node(root / "bundles", name, addresses, NodeKind.REDIS, NOW)
+    assert contents(root) == before
+
+
+def test_without_the_authoritys_key_nothing_is_issued(root: Path) -> None:
+    (root / "bundles" / "ca.key").unlink()
+    before = contents(root)
+    with pytest.raises(ConfigError, match=r"ca\.key.*srd init made"):
+        add_node(root / "bundles", "redis-4", ["127.0.1.4"], NodeKind.REDIS, NOW)
+    with pytest.raises(ConfigError, match=r"ca\.key.*srd init made"):
+        renew_node(root / "bundles", "redis-1", NOW)
+    assert contents(root) == before
+
+
+def test_renewed_certificates_are_new_with_new_keys_and_later_ends(root: Path) -> None:
+    before = load_bundle(paths_of(root, "redis-1"), NOW)
+    later = NOW + dt.timedelta(days=300)
+    renew_node(root / "bundles", "redis-1", later)
+    after = load_bundle(paths_of(root, "redis-1"), later)
+    assert after.credentials.identity.serial != before.credentials.identity.serial
+    assert after.credentials.key != before.credentials.key
+    assert after.not_after["node"] == before.not_after["node"] + 300 * 86400
+    with pytest.raises(ConfigError, match="no such node"):
+        renew_node(root / "bundles", "redis-9", NOW)
