@@ -233,7 +233,8 @@ async def test_peers_come_and_go_and_the_others_notice_nothing(bundles: dict[str
     (one, store), whole = nodes["redis-1"], bundles["redis-1"]
     without = dataclasses.replace(whole.config, nodes=whole.config.nodes[:2])
     async with running(*(keying for keying, _ in nodes.values())):
-        await store.wait_for(lambda view: all(c.connected for c in view.channels.values()), 20)
+        for _, every in nodes.values():
+            await every.wait_for(lambda view: all(c.connected for c in view.channels.values()), 20)
         before = store.view().channels["redis-2"]
         one.adopt(without, whole.credentials)
         assert set(store.view().channels) == {"redis-2"}
