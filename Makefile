@@ -43,6 +43,10 @@ test: lint  ## everything: lint, unit tests, real programs on loopback, the real
 	$(BIN)/pytest
 	LAB_BARE=1 tests/lab/boot tests/lab/suite
 
+.PHONY: bench
+bench: venv  ## speed and size, each figure a ratio within one run
+	$(BIN)/pytest -q -s tests/bench
+
 .PHONY: requirements
 requirements:  ## pin the dependencies again (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \

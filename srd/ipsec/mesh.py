@@ -64,6 +64,19 @@ class _Peer:
     grace_ends: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """What a pass made of the policies that it found, and of which ones."""
+
+    fingerprint: bytes
+    in_use: Mapping[IpAddress, int]  # the peer's address -> the SPI that the kernel's own policies are pinned to
+    pins: Mapping[IpAddress, int]
+    exposed: frozenset[IpAddress]
+    conflicts: tuple[str, ...]
+    former: tuple[xfrm.Policy, ...]
+    clean: bool
+
+
 class Mesh:
     """Keeps the kernel's tables as `desired.rules` and the generations of keys want them.
 
@@ -86,6 +99,8 @@ class Mesh:
         self._socket = socket
         self._wake = wake
         self._lock = asyncio.Lock()
+        # What the last pass that changed nothing was made of; while it is all the same, so is its outcome.
+        self._judged: _Judged | None = None
         self._take(config, {})
         # The last pass: what it found, and where each of srd's policies is.
         self._seen = Observed()
@@ -109,6 +124,11 @@ class Mesh:
             if rule.treatment is Treatment.ESP and rule.peer is not None and flow.way is Way.OUT:
                 self._pinned[rule.peer].append((flow, rule))
         self._at = {address: peer for peer in self._peers.values() for address in peer.node.addresses}
+        # What wins comes first: an exemption is never there without the protected ports above it, nor is what is
+        # exempt (a peer's keying) ever refused because its exemption is still to come.
+        ranked = sorted(self._rules.items(), key=lambda item: item[1].rank)
+        self._unkeyed = {flow: compile_policy(flow, rule, UNKEYED_SPI) for flow, rule in ranked}
+        self._judged = None
 
     async def adopt(self, config: Config) -> None:
         """Take a changed file in: policies of new peers stand when this returns, what is of former ones is gone."""
@@ -212,31 +232,52 @@ class Mesh:
     async def reconcile(self) -> None:
         """Compare both tables with what is wanted and mend the difference; a second pass changes nothing."""
         async with self._lock:
-            policies = await self._socket.policies()
+            table = await self._socket.policy_table()
             sas = [sa for sa in await self._socket.sas() if owns_reqid(sa.reqid)]
-            owned = {policy_key(info.policy): info.policy for info in policies if owns_index(info.policy.index)}
-            # A policy of an xfrm interface never meets this traffic: its interface is part of its identity.
-            others = [info for info in policies if not owns_index(info.policy.index) and not info.interface_id]
-            pins = self._pins(owned, sas)
-            wanted = self._wanted(pins)
-            # Somebody else's policies stand where these belong: a condition, never overwritten.
-            occupied = {policy_key(info.policy) for info in others if not info.sub} & (wanted.keys() - owned.keys())
-            former = await self._apply(wanted, owned, occupied)
-            kept = await self._retire_sas(sas, pins)
-            for policy in former:
+            judged = self._judged
+            if (
+                judged is None
+                or judged.fingerprint != table.fingerprint
+                or judged.pins != self._pins(judged.in_use, sas)
+            ):
+                judged = await self._judge(table, sas)
+            kept = await self._retire_sas(sas, judged.pins)
+            for policy in judged.former:
                 await self._socket.delete_policy(policy)
-            self._seen = Observed(pins, _addresses(occupied), grouped(kept))
-            self._publish(overrides([info.policy for info in others], wanted, occupied))
+            self._seen = Observed(judged.pins, judged.exposed, grouped(kept))
+            self._publish(judged.conflicts)
+            self._judged = judged if judged.clean else None
             self._settled = True
 
-    def _pins(self, owned: Mapping[PolicyKey, xfrm.Policy], sas: Iterable[xfrm.SaInfo]) -> dict[IpAddress, int]:
-        """Return for each peer's address the SPI to send under: the current one, or after a restart that in use."""
-        outbound = {(sa.destination, sa.spi) for sa in sas}
+    async def _judge(self, table: xfrm.PolicyTable, sas: Iterable[xfrm.SaInfo]) -> _Judged:
+        """Read the policies, add and change; what is to be removed is closed, for when its SAs are gone."""
+        policies = table.policies()
+        owned = {policy_key(info.policy): info.policy for info in policies if owns_index(info.policy.index)}
+        # A policy of an xfrm interface never meets this traffic: its interface is part of its identity.
+        others = [info for info in policies if not owns_index(info.policy.index) and not info.interface_id]
         in_use = {
             policy.selector.destination.network_address: policy.templates[0].spi
             for policy in owned.values()
             if policy.direction is xfrm.Direction.OUT and policy.templates
         }
+        pins = self._pins(in_use, sas)
+        wanted = self._wanted(pins)
+        # Somebody else's policies stand where these belong: a condition, never overwritten.
+        occupied = {policy_key(info.policy) for info in others if not info.sub} & (wanted.keys() - owned.keys())
+        changes, former = await self._apply(wanted, owned, occupied)
+        return _Judged(
+            fingerprint=table.fingerprint,
+            in_use=in_use,
+            pins=pins,
+            exposed=_addresses(occupied),
+            conflicts=overrides([info.policy for info in others], wanted, occupied),
+            former=former,
+            clean=not changes,
+        )
+
+    def _pins(self, in_use: Mapping[IpAddress, int], sas: Iterable[xfrm.SaInfo]) -> dict[IpAddress, int]:
+        """Return for each peer's address the SPI to send under: the current one, or after a restart that in use."""
+        outbound = {(sa.destination, sa.spi) for sa in sas}
         pins = {}
         for peer in self._peers.values():
             for _, remote in leg_addresses(self._node, peer.node):
@@ -249,11 +290,9 @@ class Mesh:
 
     def _wanted(self, pins: Mapping[IpAddress, int]) -> dict[PolicyKey, xfrm.Policy]:
         wanted: dict[PolicyKey, xfrm.Policy] = {}
-        # What wins comes first: an exemption is never there without the protected ports above it, nor is what is
-        # exempt (a peer's keying) ever refused because its exemption is still to come.
-        for flow, rule in sorted(self._rules.items(), key=lambda item: item[1].rank):
+        for flow, unkeyed in self._unkeyed.items():
             pin = pins.get(flow.remote, UNKEYED_SPI) if flow.remote is not None else UNKEYED_SPI
-            policy = compile_policy(flow, rule, pin)
+            policy = unkeyed if pin == UNKEYED_SPI else compile_policy(flow, self._rules[flow], pin)
             wanted[policy_key(policy)] = policy
         return wanted
 
@@ -262,28 +301,29 @@ class Mesh:
         wanted: Mapping[PolicyKey, xfrm.Policy],
         owned: Mapping[PolicyKey, xfrm.Policy],
         occupied: AbstractSet[PolicyKey],
-    ) -> list[xfrm.Policy]:
-        """Add and change; return what is to be removed, closed already, for when its SAs are gone."""
+    ) -> tuple[int, tuple[xfrm.Policy, ...]]:
+        """Add and change; return how much that was, and what is to be removed."""
         difference = diff(wanted, {key: replace(policy, index=0) for key, policy in owned.items()})
         self._indices = {key: policy.index for key, policy in owned.items()}
         taken = {index >> 3 for index in self._indices.values()}
         free = (number for number in range(INDEX_BASE, INDEX_BASE + INDEX_SPAN) if number not in taken)
-        for key, policy in difference.add.items():
-            if key in occupied:
-                continue
-            index = next(free) << 3 | policy.direction
-            await self._socket.add_policy(replace(policy, index=index))
-            self._indices[key] = index
-            self._count_drift(policy)
+        new = {
+            key: replace(policy, index=next(free) << 3 | policy.direction)
+            for key, policy in difference.add.items()
+            if key not in occupied
+        }
+        await self._socket.add_policies(list(new.values()))
+        self._indices |= {key: policy.index for key, policy in new.items()}
         for key, policy in difference.change.items():
             await self._socket.update_policy(replace(policy, index=owned[key].index))
-        former = [owned[key] for key in difference.remove]
+        former = tuple(owned[key] for key in difference.remove)
         for policy in former:
             if policy.templates:
                 await self._socket.update_policy(replace(policy, action=xfrm.Action.BLOCK, templates=()))
             del self._indices[policy_key(policy)]
+        for policy in (*new.values(), *former):
             self._count_drift(policy)
-        return former
+        return len(new) + len(difference.change) + len(former), former
 
     def _count_drift(self, policy: xfrm.Policy) -> None:
         if self._settled:

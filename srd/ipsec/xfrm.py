@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import os
 import re
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -21,11 +23,13 @@ from typing import Final, Self, TypeVar
 from srd.ipsec import xfrm_abi as abi
 from srd.ipsec import xfrm_encode as encode
 from srd.ipsec.xfrm_abi import Group, Message
+from srd.ipsec.xfrm_decode import decode_reply
 from srd.ipsec.xfrm_netlink import (
     RECEIVE_BUFFER,
     REMEDIES,
     AsyncXfrmEventSocket,
     AsyncXfrmSocket,
+    Bodies,
     KernelError,
     RawMessage,
     exchange,
@@ -89,6 +93,7 @@ __all__ = [
     "PolicyExpired",
     "PolicyFlushed",
     "PolicyInfo",
+    "PolicyTable",
     "Sa",
     "SaChanged",
     "SaDeleted",
@@ -109,6 +114,8 @@ T = TypeVar("T")
 
 REQUEST_TIMEOUT: Final = 5.0  # the kernel answers within its send(); a dump of 4000 SAs takes 0.08 s
 # Where the kernel answers with data, an ACK would come after it and be nobody's.
+# Some 40 KiB in a datagram; the kernel copies it whole, and answers before send() returns.
+_BATCH: Final = 128
 _ANSWERED: Final = abi.NLM_F_REQUEST
 _ACKED: Final = abi.NLM_F_REQUEST | abi.NLM_F_ACK
 _DUMPED: Final = abi.NLM_F_REQUEST | abi.NLM_F_DUMP
@@ -184,6 +191,23 @@ class XfrmSocket:
         """Install a policy. AlreadyExistsError if one has its selector, direction and mark, whatever the priority."""
         await self._request(Message.NEWPOLICY, _ACKED, encode.encode_policy(policy), "add", str(policy))
 
+    async def add_policies(self, policies: Sequence[Policy]) -> None:
+        """Install many, in their order, some hundred with each system call.
+
+        Raises the error of the first that the kernel refuses; those before it, and some after, are installed then.
+        """
+        for start in range(0, len(policies), _BATCH):
+            batch = policies[start : start + _BATCH]
+            bodies = [encode.encode_policy(policy) for policy in batch]
+            try:
+                await self._request(Message.NEWPOLICY, _ACKED, bodies, "add", f"{len(batch)} policies")
+            except XfrmError:
+                # Which one it was is not in the answer. One by one it is, without those that are there by now.
+                there = {_identity(info.policy) for info in await self.policies()}
+                for policy in batch:
+                    if _identity(policy) not in there:
+                        await self.add_policy(policy)
+
     async def update_policy(self, policy: Policy) -> None:
         """Replace the policy of this selector, direction and mark atomically, or add it if there is none."""
         await self._request(Message.UPDPOLICY, _ACKED, encode.encode_policy(policy), "update", str(policy))
@@ -194,7 +218,12 @@ class XfrmSocket:
 
     async def policies(self) -> list[PolicyInfo]:
         """Read all policies, those of sockets and of the second table too, in one dump."""
-        return _only(PolicyInfo, await self._request(Message.GETPOLICY, _DUMPED, b"", "read", "the policies"))
+        return (await self.policy_table()).policies()
+
+    async def policy_table(self) -> PolicyTable:
+        """Read all policies in one dump, and decode none."""
+        answers = await self._request(Message.GETPOLICY, _DUMPED, b"", "read", "the policies")
+        return PolicyTable([body for bodies in _only(Bodies, answers) for body in bodies])
 
     async def sad_count(self) -> int:
         """Count the SAs."""
@@ -224,14 +253,15 @@ class XfrmSocket:
         return answers[0]
 
     async def _request(
-        self, kind: Message, flags: int, body: bytes | bytearray, operation: str, subject: str
+        self, kind: Message, flags: int, body: bytes | bytearray | Sequence[bytes], operation: str, subject: str
     ) -> list[object]:
-        """Send one request and collect its answers, one at a time: the kernel works inside send() anyway.
+        """Send one request, or several of a kind, and collect the answers: the kernel works inside send() anyway.
 
         The error is raised outside of every `except`, so that it drags no frame with the request's bytes along.
         """
         async with self._one_at_a_time:
-            message, reusable = RawMessage(body), False
+            bodies = (body,) if isinstance(body, bytes | bytearray) else body
+            message, reusable = RawMessage(*bodies), False
             try:
                 async with asyncio.timeout(self._timeout):
                     answers = await self._exchange(kind, flags, message)
@@ -263,6 +293,26 @@ class XfrmSocket:
         if self._core is not None:
             self._core.close()
             self._core = None
+
+
+class PolicyTable:
+    """All policies as one dump gave them."""
+
+    def __init__(self, bodies: Sequence[bytes]) -> None:
+        self._bodies = bodies
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """The same for the same policies in the same order, whatever passed by them: without counters and times."""
+        digest = hashlib.blake2b()
+        for body in self._bodies:
+            digest.update(body[: abi.POLICY_USAGE.start])
+            digest.update(body[abi.POLICY_USAGE.stop :])
+        return digest.digest()
+
+    def policies(self) -> list[PolicyInfo]:
+        """Decode them; MalformedError where one can't be read."""
+        return _only(PolicyInfo, [decode_reply(Message.NEWPOLICY, memoryview(body)) for body in self._bodies])
 
 
 class XfrmEvents:
@@ -380,6 +430,11 @@ async def probe_esp(socket_: XfrmSocket, names: Iterable[str]) -> tuple[str, ...
             continue
         usable.append(name)
     return tuple(usable)
+
+
+def _identity(policy: Policy) -> tuple[Selector, Direction, Mark | None]:
+    """Return what makes two policies one to the kernel."""
+    return policy.selector, policy.direction, policy.mark
 
 
 def _sa_name(destination: IpAddress, spi: int) -> str:

@@ -5,6 +5,7 @@ What can't be read raises MalformedError, never anything else. Keys are not look
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -69,6 +70,7 @@ def _decode_address(raw: bytes, family: int) -> IpAddress:
     raise MalformedError(f"address family {family}")
 
 
+@functools.lru_cache(maxsize=16384)  # a dump names each address many times, and making a network takes 10 us
 def _decode_network(raw: bytes, prefix: int, family: int) -> IpNetwork:
     if family == AF_INET and prefix <= IPV4_BITS:
         return IPv4Network((raw[:4], prefix), strict=False)

@@ -70,27 +70,39 @@ class KernelError(Exception):
 
 
 class RawMessage(nlmsg):  # type: ignore[misc]  # pyroute2 is untyped
-    """A netlink request whose body is packed already; `data` is what is sent."""
+    """Netlink requests of one kind whose bodies are packed already, in one datagram; `data` is what is sent.
 
-    __slots__ = ("body",)
+    All bear one sequence number, and only the last asks for an ACK: whatever comes before that is an error.
+    """
 
-    def __init__(self, body: bytes | bytearray) -> None:
+    __slots__ = ("bodies",)
+
+    def __init__(self, *bodies: bytes | bytearray) -> None:
         super().__init__()
-        self.body = body
+        self.bodies = bodies
 
     def encode(self) -> None:
-        """Put the header, which pyroute2 has filled in by now, before the body."""
+        """Put the header, which pyroute2 has filled in by now, before each body."""
         header = self["header"]
-        length = abi.HEADER.size + len(self.body)
-        self.data = bytearray(  # type: ignore[misc]  # a slot of nlmsg_base
-            abi.HEADER.pack(length, header["type"], header["flags"], header["sequence_number"], header["pid"])
-        )
-        self.data += self.body
+        flags = header["flags"]
+        self.data = bytearray()  # type: ignore[misc]  # a slot of nlmsg_base
+        for number, body in enumerate(self.bodies, 1):
+            kept = flags if number == len(self.bodies) else flags & ~abi.NLM_F_ACK
+            length = abi.HEADER.size + len(body)
+            self.data += abi.HEADER.pack(length, header["type"], kept, header["sequence_number"], header["pid"])
+            self.data += body
+            self.data += bytes(abi.align(length) - length)
 
     def wipe(self) -> None:
         """Zero what was sent."""
         self.data[:] = bytes(len(self.data))
-        self.body = b""
+        self.bodies = ()
+
+
+class Bodies(tuple[bytes, ...]):
+    """The bodies of a dump's policies in one datagram, which nobody may need to decode."""
+
+    __slots__ = ()
 
 
 class XfrmMarshal(Marshal):  # type: ignore[misc]  # pyroute2 is untyped
@@ -99,8 +111,20 @@ class XfrmMarshal(Marshal):  # type: ignore[misc]  # pyroute2 is untyped
     def parse(
         self, data: bytes, _seq: int | None = None, _callback: object = None, _skip_alien_seq: object = None
     ) -> Iterator[dict[str, Any]]:
-        """Yield one dict for each message; one that can't be read has the reason in `header.error`."""
-        for frame in abi.frames(data):
+        """Yield one dict for each message; one that can't be read has the reason in `header.error`.
+
+        Policies of a dump come together: pyroute2 takes 25 us for each message that it hands on.
+        """
+        frames = list(abi.frames(data))
+        listed = [frame for frame in frames if frame.type == Message.NEWPOLICY and frame.flags & abi.NLM_F_MULTI]
+        if listed:
+            header = dict(zip(("type", "flags", "sequence_number", "pid"), listed[0], strict=False))
+            yield {"header": header, "value": Bodies(bytes(frame.body) for frame in listed)}
+            frames = [frame for frame in frames if frame.type != Message.NEWPOLICY]
+        yield from self._each(frames)
+
+    def _each(self, frames: list[abi.Frame]) -> Iterator[dict[str, Any]]:
+        for frame in frames:
             header: dict[str, Any] = dict(zip(("type", "flags", "sequence_number", "pid"), frame, strict=False))
             message: dict[str, Any] = {"header": header, "value": None}
             try:

@@ -111,6 +111,54 @@ async def test_policies_are_added_updated_read_and_deleted() -> None:
         assert [info.policy for info in await kernel.policies()] == [switched]
 
 
+def many(count: int) -> list[Policy]:
+    sources = (ip_network(f"10.1.{number >> 8}.{number & 255}") for number in range(count))
+    return [
+        Policy(Selector(source, ip_network(B)), Direction.OUT, Action.BLOCK, number, number + 1 << 3 | Direction.OUT)
+        for number, source in enumerate(sources)
+    ]
+
+
+@in_namespace
+async def test_many_policies_are_added_in_their_order_and_a_refused_one_is_named() -> None:
+    wanted = many(300)
+    async with XfrmSocket() as kernel:
+        await kernel.add_policies(wanted)
+        # The kernel lists the newest first.
+        assert [info.policy for info in await kernel.policies()] == wanted[::-1]
+        more = [replace(policy, direction=Direction.IN, index=policy.index & ~7) for policy in wanted[:200]]
+        refused = replace(more[150], selector=replace(more[150].selector, source_port_mask=0xFFFF), priority=1)
+        bad = replace(refused, index=refused.index | 2)  # the direction in its index is another
+        with pytest.raises(XfrmError, match="Invalid argument") as caught:
+            await kernel.add_policies([*more[:150], bad, *more[150:]])
+        assert str(bad) in str(caught.value)
+        there = {info.policy for info in await kernel.policies()}
+        assert there >= set(more[:150])
+        await kernel.add_policies([policy for policy in more if policy not in there])
+        assert {info.policy for info in await kernel.policies()} == {*wanted, *more}
+
+
+@in_namespace
+async def test_a_tables_fingerprint_is_that_of_its_policies_and_not_of_what_passed() -> None:
+    ip("link", "set", "lo", "up")
+    passing = Policy(FROM_A, Direction.OUT, Action.ALLOW, 1000, 41)
+    async with XfrmSocket() as kernel:
+        await kernel.add_policy(passing)
+        before = await kernel.policy_table()
+        ip("addr", "add", f"{A}/32", "dev", "lo")
+        ip("route", "add", f"{B}/32", "dev", "lo")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.bind((str(A), 0))
+            sender.sendto(b"x", (str(B), 9))
+        after = await kernel.policy_table()
+        assert after.fingerprint == before.fingerprint
+        await kernel.update_policy(replace(passing, priority=999))
+        assert (await kernel.policy_table()).fingerprint != before.fingerprint
+        await kernel.update_policy(passing)
+        assert (await kernel.policy_table()).fingerprint == before.fingerprint
+        assert [info.policy for info in after.policies()] == [passing]
+
+
 @in_namespace
 async def test_an_index_outlives_an_update_without_one_and_decides_a_deletion() -> None:
     async with XfrmSocket() as kernel:

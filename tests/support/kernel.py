@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 
@@ -56,6 +56,17 @@ def identity(policy: Policy) -> Identity:
     return policy.selector, policy.direction, policy.mark
 
 
+class FakeTable:
+    """The shape of `PolicyTable`."""
+
+    def __init__(self, policies: list[PolicyInfo]) -> None:
+        self._policies = policies
+        self.fingerprint = repr([info.policy for info in policies]).encode()
+
+    def policies(self) -> list[PolicyInfo]:
+        return self._policies
+
+
 class FakeKernel:
     """The shape of `XfrmSocket`. `changed` is called after each change, before anyone else can act."""
 
@@ -69,6 +80,13 @@ class FakeKernel:
         self.changes: list[str] = []
         # Bytes and packets under an SA, where a test says so.
         self.carried: dict[tuple[IpAddress, int], tuple[int, int]] = {}
+
+    async def policy_table(self) -> FakeTable:
+        return FakeTable(await self.policies())
+
+    async def add_policies(self, policies: Sequence[Policy]) -> None:
+        for policy in policies:
+            await self.add_policy(policy)
 
     async def policies(self) -> list[PolicyInfo]:
         return [PolicyInfo(policy, Lifetime(), 0, 0) for policy in self._policies.values()]

@@ -92,7 +92,8 @@ class Recorder(XfrmSocket):
     sent = b""
 
     async def _exchange(self, kind: int, flags: int, message: Any) -> list[object]:
-        self.sent = abi.HEADER.pack(16 + len(message.body), kind, flags, 0, 0) + bytes(message.body)
+        (body,) = message.bodies
+        self.sent = abi.HEADER.pack(16 + len(body), kind, flags, 0, 0) + bytes(body)
         return [None]
 
 
