@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from srd.config import Config, Node
+import structlog
+
+from srd.config import Config, Node, parse_config
 from srd.ipsec import xfrm
 from srd.ipsec.backstop import SecondNet
 from srd.ipsec.mesh import Mesh
@@ -18,12 +20,22 @@ from srd.state import Store
 from srd.supervise.files import write_private
 from srd.trust.bundle import load_member
 
+log = structlog.get_logger(__name__)
+
 LAST_GOOD_NAME: Final = "cluster.toml"
 
 
 def remember(paths: Paths) -> None:
-    """Keep the cluster.toml that srd starts by, for a boot at which the operator's is wrong. Blocks."""
-    write_private(last_good(paths), paths.cluster_file.read_bytes())
+    """Keep the cluster.toml that srd runs by, for a boot at which the operator's is wrong. Blocks; never raises.
+
+    A full disk must not keep srd from running, and what was kept before stays then.
+    """
+    try:
+        text = paths.cluster_file.read_bytes()
+        parse_config(text.decode(), str(paths.cluster_file))
+        write_private(last_good(paths), text)
+    except (OSError, UnicodeDecodeError, SrdError) as error:
+        log.warning("cluster.toml is not kept for the next boot", reason=str(error))
 
 
 def last_good(paths: Paths) -> Path:
@@ -38,8 +50,10 @@ async def close(paths: Paths) -> str:
         return "ipsec.mode is off: nothing is protected"
     store = Store(0.0)
     async with xfrm.XfrmSocket() as kernel:
-        await Mesh(config=config, node=node, socket=kernel, store=store, wake=_nobody).reconcile()
-    await SecondNet(config=config, node=node, store=store).reconcile()
+        try:
+            await Mesh(config=config, node=node, socket=kernel, store=store, wake=_nobody).reconcile()
+        finally:  # the one net does not wait for the other
+            await SecondNet(config=config, node=node, store=store).reconcile()
     view = store.view()
     keeper = view.backstop.keeper if view.backstop is not None else None
     return f"{node.name} is closed to plaintext with {len(view.links)} peers (second net: {keeper or 'none'}){note}"

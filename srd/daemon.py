@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import math
 import signal
 import socket
 import time
@@ -32,8 +33,9 @@ from srd.ipsec.exchange import Installer
 from srd.ipsec.keying import Keying
 from srd.ipsec.mesh import Mesh, Unprotected, watch
 from srd.ipsec.policies import KEYING_MARK
+from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
-from srd.model import ConfigError, IpsecMode, Paths, Service
+from srd.model import ConfigError, IpsecMode, Paths, Service, SrdError
 from srd.preflight import Cleared, clear
 from srd.reconcile import Loop, boottime, contained, until_first
 from srd.state import Situation, Store, conditions
@@ -59,6 +61,7 @@ SERVICES_RESYNC_SECONDS: Final = 0.5
 # A start of all three children, on a machine where each takes seconds.
 PASS_SECONDS: Final = 60.0
 STATUS_SECONDS: Final = 2.0
+LONGEST_WAIT_SECONDS: Final = 86400.0
 
 
 async def run(paths: Paths) -> None:
@@ -141,6 +144,7 @@ class Daemon:
             stack.push_async_callback(web.stop)
             stack.callback(self._services.release)
             keying = self._keying(installer)
+            await self._forget(keying.distrusted())
             listeners = keying.listen()
             stack.callback(_close, listeners)
             control = ControlServer(
@@ -179,6 +183,7 @@ class Daemon:
             report=lambda: own_report(self.situation(), VERSION),
             wants_keys=self._wants_keys,
             mark=KEYING_MARK if self._config.ipsec.mode is IpsecMode.ESP else None,
+            serials=SerialsFile(self._paths.run_dir / FILE_NAME),
         )
 
     def _wants_keys(self, peer: str) -> bool:
@@ -213,7 +218,7 @@ class Daemon:
         """Answer `srd rekey`: the query names one `peer`, or none for all, and for how many seconds to `wait`."""
         every = [peer.name for peer in self._config.peers_of(self._node.name)]
         peers = [asked["peer"]] if "peer" in asked else every
-        await keying.renew(peers, float(asked.get("wait", 0)))
+        await keying.renew(peers, _seconds(asked.get("wait", "0")))
         channels = self._store.view().channels
         return {"peers": {name: {"generation": channels[name].generation} for name in peers}}
 
@@ -226,33 +231,43 @@ class Daemon:
     async def _reload(self, keying: Keying) -> dict[str, Any]:
         """Take a changed bundle in: all of it, or none and `SrdError` says why.
 
-        Policies of new peers stand before a word is said to them; former ones are let go by keying first. redis and
-        sentinel go on; what follows from the number of nodes is set in them by the observer.
+        Former peers are let go by keying first, policies of new ones stand before a word is said to them. redis and
+        sentinel go on; what follows from the number of nodes is set in them by the observer. stunnel is restarted if
+        its certificate is another.
         """
         async with self._reloading:
             bundle = await asyncio.to_thread(load_bundle, self._paths, dt.datetime.now(dt.UTC))
             old, new = self._config, bundle.config
-            if stuck := needs_restart(old, new, self._node):
+            stuck = needs_restart(old, new, self._node)
+            if bundle.secrets != self._cleared.bundle.secrets:
+                stuck = (*stuck, "secrets.toml")
+            if stuck:
                 what = f"{', '.join(stuck)} cannot change while srd runs"
                 raise ConfigError("take in", str(self._paths.cluster_file), what, "restart srd")
-            self._config = new
-            self._write_certificates(bundle.not_after)
+            keying.let_go(new)
             if self._mesh is not None:
                 await self._mesh.adopt(new)
-            revoked = keying.adopt(new, bundle.credentials)
-            if self._mesh is not None:
-                for peer in revoked:
-                    await self._mesh.forget(peer)
+            self._config = new
+            self._write_certificates(bundle.not_after)
+            distrusted = await self._forget(keying.adopt(new, bundle.credentials))
             if self._net is not None and self._net_loop is not None:
                 self._net.adopt(new)
                 self._net_loop.wake()
             self._observer.adopt(new)
-            self._services.adopt(new)
+            await self._services.adopt(new)
             await asyncio.to_thread(closing.remember, self._paths)
             before, after = ({node.name for node in config.nodes} for config in (old, new))
-            done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": sorted(revoked)}
+            done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": distrusted}
+            done |= {"trusted_again": sorted(f"{serial:x}" for serial in old.revoked - new.revoked)}
             log.info("reloaded", **done)
             return done
+
+    async def _forget(self, distrusted: frozenset[str]) -> list[str]:
+        """Give up the keys with peers whose certificate is revoked."""
+        if self._mesh is not None:
+            for peer in sorted(distrusted):
+                await self._mesh.forget(peer)
+        return sorted(distrusted)
 
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""
@@ -301,6 +316,16 @@ class Daemon:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
+        raise SrdError("wait", text, f"it is not a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
+    return seconds
 
 
 def _holds_data(paths: Paths) -> bool:

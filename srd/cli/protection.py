@@ -23,6 +23,7 @@ def close_command(paths: Paths) -> None:
     """
     from srd.closing import close  # noqa: PLC0415 - pyroute2 takes 0.2 s to import
 
+    _refuse_beside_srd(paths, "close the node")
     click.echo(asyncio.run(close(paths)))
 
 
@@ -37,12 +38,18 @@ def teardown_command(paths: Paths) -> None:
     click.echo(asyncio.run(_teardown(paths)))
 
 
+def _refuse_beside_srd(paths: Paths, operation: str) -> None:
+    from srd.supervise.programs import listener_of  # noqa: PLC0415 - as above, for msgspec
+
+    if is_answered(paths.control_socket) or listener_of(KEYING_PORT) is not None:
+        raise RefusedError(operation, "", "srd is running", "stop it first: systemctl stop srd")
+
+
 async def _teardown(paths: Paths) -> str:
     from srd.ipsec import backstop, teardown, xfrm  # noqa: PLC0415 - as above
     from srd.supervise.programs import listener_of  # noqa: PLC0415 - as above, for msgspec
 
-    if is_answered(paths.control_socket) or listener_of(KEYING_PORT) is not None:
-        raise RefusedError(_OPERATION, "", "srd is running", "stop it first: systemctl stop srd")
+    _refuse_beside_srd(paths, _OPERATION)
     async with xfrm.XfrmSocket() as kernel:
         for port in sorted(teardown.protected_ports(await teardown.owned(kernel))):
             if (listener := listener_of(port)) is not None:
@@ -54,7 +61,5 @@ async def _teardown(paths: Paths) -> str:
                 )
         removed = await teardown.teardown(kernel)
     # The second net last: it drops what the policies no longer cover.
-    keeper = await backstop.find_keeper()
-    if keeper is not None:
-        await keeper.remove()
+    await backstop.removed(await backstop.usable_keepers())
     return f"removed {len(removed.policies)} policies and {len(removed.sas)} SAs"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from srd.config import Config
 from srd.model import EXIT_CONFIG, ConfigError, NodeKind, Paths
 
 
@@ -65,7 +66,7 @@ def _read(file: Path | None) -> str:
 
 @click.group("node")
 def node_command() -> None:
-    """Add a node to a cluster, or renew a node's certificates: in the directory that `srd init` made."""
+    """Add, remove and renew nodes, and revoke certificates: in the directory that `srd init` made."""
 
 
 _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
@@ -88,8 +89,7 @@ def add_command(directory: Path, node: str, kind: str) -> None:
         raise click.UsageError(msg)
     config, made = add_node(directory, name, addresses.split(","), NodeKind(kind), dt.datetime.now(dt.UTC))
     click.echo(f"{directory}/{made.name}/ is the bundle of {made.name} ({made.address}): copy it there as /etc/srd")
-    for other in config.peers_of(made.name):
-        click.echo(f"{directory}/{other.name}/cluster.toml is for {other.name}: copy it to /etc/srd, then srd reload")
+    _say_where(directory, config)
 
 
 @node_command.command("renew")
@@ -101,6 +101,33 @@ def renew_command(directory: Path, name: str) -> None:
 
     node = renew_node(directory, name, dt.datetime.now(dt.UTC))
     click.echo(f"{directory}/{node.name}/ has new certificates: copy node.* and tls.* to /etc/srd, then srd reload")
+
+
+@node_command.command("remove")
+@_DIRECTORY
+@click.argument("name")
+def remove_command(directory: Path, name: str) -> None:
+    """Take a node out of every cluster.toml."""
+    from srd.trust.issuing import remove_node  # noqa: PLC0415 - as above
+
+    _say_where(directory, remove_node(directory, name))
+
+
+@node_command.command("revoke")
+@_DIRECTORY
+@click.argument("name")
+def revoke_command(directory: Path, name: str) -> None:
+    """Revoke the certificate that a node's bundle has; for a new one, `srd node renew` after that."""
+    from srd.trust.issuing import revoke  # noqa: PLC0415 - as above
+
+    config, serial = revoke(directory, name)
+    click.echo(f"{serial} is let in no more, once every node has the new cluster.toml")
+    _say_where(directory, config)
+
+
+def _say_where(directory: Path, config: Config) -> None:
+    for node in config.nodes:
+        click.echo(f"{directory}/{node.name}/cluster.toml is for {node.name}: copy it to /etc/srd, then srd reload")
 
 
 @click.command("check")

@@ -100,13 +100,14 @@ class ControlServer:
     async def _act(self, path: str, request: web.BaseRequest) -> web.StreamResponse:
         """Do what is asked for; who asked, and what came of it, is in the log."""
         asked = dict(request.rel_url.query)
+        by = _peer(request)
         try:
             done = await self._actions[path](asked)
         except SrdError as error:
-            log.warning("asked", action=path, **asked, by=_peer(request), refused=str(error))
+            log.warning("asked", action=path, query=asked, by=by, refused=str(error))
             refusal = {"operation": error.operation, "subject": error.subject, "reason": error.reason}
             return _answer(409, refusal | {"remedy": error.remedy, "exit_status": error.exit_status})
-        log.info("asked", action=path, **asked, by=_peer(request))
+        log.info("asked", action=path, query=asked, by=by)
         return _answer(200, done)
 
 

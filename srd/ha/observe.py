@@ -155,10 +155,19 @@ class Observer:
         seen = await self._observe_redis(self.redis) if self.redis is not None else None
         if seen is not None:
             self._last_role = seen.role
-            if self.redis is not None and seen.min_replicas_to_write != self._config.min_replicas_to_write:
-                await self.redis.keep_fence(self._config.min_replicas_to_write)
         self._write_redis(seen)
         self._publish()
+        if seen is not None and self.redis is not None and self._fence_differs(seen):
+            await self.redis.keep_fence(self._config.min_replicas_to_write)
+
+    def _fence_differs(self, seen: Redis) -> bool:
+        """Whether redis should demand another number of replicas; a primary more of them only once it has them.
+
+        A file with two more nodes must not stop the writes until these have come.
+        """
+        wanted, demanded = self._config.min_replicas_to_write, seen.min_replicas_to_write
+        online = sum(1 for replica in seen.replicas if replica.state == "online")
+        return wanted != demanded and (wanted < demanded or seen.role is Role.REPLICA or online >= wanted)
 
     async def _observe_redis(self, client: RedisClient) -> Redis | None:
         # A redis that is down is an observation, not a failure of the observer. Said once per reason.

@@ -2,8 +2,9 @@
 
 It holds when somebody flushes the policies themselves (`ip xfrm policy flush` opened a host to plaintext in 5 of 5
 pings; with this, 0 of 5), and until srd has put them back. It says the same as the policies, in netfilter's words:
-protected ports first, then the exemptions, then everything. ESP passes on its way out and in; what was inside it meets
-these rules again, transformed.
+protected ports first, then the exemptions, then everything with a peer, and the protected ports with anybody else. ESP
+passes on its way out and in; what was inside it meets these rules again, transformed. Later fragments of an exempt UDP
+datagram do not show their ports and are dropped.
 
 nftables where the kernel has it, in a table of its own that is replaced whole. Elsewhere chains of its own in the table
 `filter` by iptables-restore, which is as atomic, and a jump to each. Nothing of anybody else is touched.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -79,6 +80,10 @@ def _nft_table(scope: Scope) -> Iterator[str]:
         yield f"  chain {way} {{ type filter hook {hook} priority filter; policy accept;"
         yield f"    ip {near} . ip {far} @pairs4 goto peers_{way}"
         yield f"    ip6 {near} . ip6 {far} @pairs6 goto peers_{way}"
+        yield f"    {'oif' if way == 'out' else 'iif'} != lo jump outsiders_{way}"
+        yield "  }"
+        yield f"  chain outsiders_{way} {{"
+        yield from (f"    {rule}" for rule in _nft_protected(scope, way))
         yield "  }"
         yield f"  chain peers_{way} {{"
         yield from (f"    {rule}" for rule in _nft_rules(scope, way))
@@ -86,21 +91,27 @@ def _nft_table(scope: Scope) -> Iterator[str]:
     yield "}"
 
 
-def _nft_rules(scope: Scope, way: str) -> Iterator[str]:
-    plain = "rt ipsec missing" if way == "out" else "meta ipsec missing"
+_NFT_PLAIN: Final = {"out": "rt ipsec missing", "in": "meta ipsec missing"}
+
+
+def _nft_protected(scope: Scope, way: str) -> Iterator[str]:
     ports = ", ".join(str(port) for port in scope.protected)
+    for end in ("sport", "dport"):
+        yield f"tcp {end} {{ {ports} }} {_NFT_PLAIN[way]} drop"
+
+
+def _nft_rules(scope: Scope, way: str) -> Iterator[str]:
     low, high = _CLIENTS
     mark = f"meta mark {KEYING_MARK} " if way == "out" else ""
     yield "meta l4proto esp accept"
-    yield f"tcp sport {{ {ports} }} {plain} drop"
-    yield f"tcp dport {{ {ports} }} {plain} drop"
+    yield from _nft_protected(scope, way)
     yield f"icmpv6 type {{ {', '.join(map(str, NEIGHBOUR_DISCOVERY_TYPES))} }} accept"
     yield f"{mark}tcp sport {KEYING_PORT} tcp dport {low}-{high} accept"
     yield f"{mark}tcp dport {KEYING_PORT} tcp sport {low}-{high} accept"
     for protocol, port in scope.bypass:
         yield f"{protocol} sport {port} accept"
         yield f"{protocol} dport {port} accept"
-    yield f"{plain} drop"
+    yield f"{_NFT_PLAIN[way]} drop"
 
 
 # --- iptables
@@ -111,36 +122,45 @@ CHAINS: Final = {"out": ("SRD-OUT", "SRD-OUT-PEER", "OUTPUT"), "in": ("SRD-IN", 
 def iptables_script(scope: Scope, version: int, jumps: Sequence[str]) -> str:
     """Return what iptables-restore --noflush is given for one family: it fills the chains anew, in one step.
 
-    `jumps` names the built-in chains that do not lead to srd's yet.
+    `jumps` names the built-in chains that lead to srd's, as often as they do; afterwards each does once, first of all.
     """
     lines = ["*filter"]
     lines += [f":{chain} - [0:0]" for own in CHAINS.values() for chain in own[:2]]
+    lines += _jumps_removed(jumps)
     for way, (guard, peers, builtin) in CHAINS.items():
         near, far = ("-s", "-d") if way == "out" else ("-d", "-s")
         lines += [f"-A {guard} {near} {local} {far} {remote} -j {peers}" for local, remote in sorted(scope.of(version))]
+        outside = "! -o lo" if way == "out" else "! -i lo"
+        # A peer's packets that may pass come back from the chain of peers: none of these is to a protected port.
+        lines += [f"-A {guard} {outside} {rule}" for rule in _iptables_protected(scope, way)]
         lines += [f"-A {peers} {rule}" for rule in _iptables_rules(scope, version, way)]
-        if builtin in jumps:
-            lines.append(f"-I {builtin} 1 -j {guard}")
+        lines.append(f"-I {builtin} 1 -j {guard}")
     return "\n".join([*lines, "COMMIT"]) + "\n"
 
 
 def iptables_removal(jumps: Sequence[str]) -> str:
     """Return what takes srd's chains away; `jumps` names the built-in chains that lead to them."""
-    lines = ["*filter"]
-    lines += [f"-D {builtin} -j {guard}" for guard, _, builtin in CHAINS.values() for _ in range(jumps.count(builtin))]
+    lines = ["*filter", *_jumps_removed(jumps)]
     lines += [f"-F {chain}" for own in CHAINS.values() for chain in own[:2]]
     lines += [f"-X {chain}" for own in CHAINS.values() for chain in own[:2]]
     return "\n".join([*lines, "COMMIT"]) + "\n"
 
 
+def _jumps_removed(jumps: Sequence[str]) -> list[str]:
+    return [f"-D {builtin} -j {guard}" for guard, _, builtin in CHAINS.values() for _ in range(jumps.count(builtin))]
+
+
+def _iptables_protected(scope: Scope, way: str) -> Iterator[str]:
+    for port in scope.protected:
+        for end in ("--sport", "--dport"):
+            yield f"-p tcp {end} {port} -m policy --dir {way} --pol none -j DROP"
+
+
 def _iptables_rules(scope: Scope, version: int, way: str) -> Iterator[str]:
-    plain = f"-m policy --dir {way} --pol none"
     low, high = _CLIENTS
     mark = f"-m mark --mark {KEYING_MARK} " if way == "out" else ""
     yield "-p esp -j RETURN"
-    for port in scope.protected:
-        yield f"-p tcp --sport {port} {plain} -j DROP"
-        yield f"-p tcp --dport {port} {plain} -j DROP"
+    yield from _iptables_protected(scope, way)
     if version == 6:  # noqa: PLR2004 - IP version
         yield from (f"-p ipv6-icmp --icmpv6-type {kind} -j RETURN" for kind in NEIGHBOUR_DISCOVERY_TYPES)
     yield f"{mark}-p tcp --sport {KEYING_PORT} --dport {low}:{high} -j RETURN"
@@ -148,7 +168,7 @@ def _iptables_rules(scope: Scope, version: int, way: str) -> Iterator[str]:
     for protocol, port in scope.bypass:
         yield f"-p {protocol} --sport {port} -j RETURN"
         yield f"-p {protocol} --dport {port} -j RETURN"
-    yield f"{plain} -j DROP"
+    yield f"-m policy --dir {way} --pol none -j DROP"
 
 
 # --- what keeps the rules
@@ -198,18 +218,18 @@ class Nftables:
 class Iptables:
     """Chains in the table `filter` of both families. `suffix` is "-legacy" for the kernel's older interface, or ""."""
 
-    def __init__(self, programs: dict[int, str], suffix: str) -> None:
-        self._programs = programs  # family -> iptables or ip6tables
+    def __init__(self, programs: Mapping[int, str], suffix: str) -> None:
+        self._programs = dict(programs)  # family -> iptables or ip6tables
         self._suffix = suffix
         self.name = f"iptables{suffix}"
 
     async def usable(self) -> bool:
-        """Whether the kernel takes rules that ask for a policy."""
-        for family, program in self._programs.items():
+        """Whether the kernel takes rules that ask for a policy; of a family that it does not have, none are kept."""
+        for family, program in list(self._programs.items()):
             text = iptables_script(Scope((), (1,), ()), family, ())
             if (await _run(f"{program}{self._suffix}-restore", "--noflush", "--test", text=text)).status:
-                return False
-        return True
+                del self._programs[family]
+        return bool(self._programs)
 
     async def observe(self) -> str:
         """Return the chains and the jumps to them."""
@@ -219,8 +239,7 @@ class Iptables:
     async def replace(self, scope: Scope) -> None:
         """Fill the chains anew, one family after the other, and lead to them first of all."""
         for family in self._programs:
-            missing = [builtin for _, _, builtin in CHAINS.values() if builtin not in await self._jumps(family)]
-            await self._restore(family, iptables_script(scope, family, missing))
+            await self._restore(family, iptables_script(scope, family, await self._jumps(family)))
 
     async def remove(self) -> None:
         """Delete jumps and chains."""
@@ -236,7 +255,10 @@ class Iptables:
         saved.check()
         # `:CHAIN POLICY [packets:bytes]`: without the counters.
         lines = [line.partition(" [")[0] for line in saved.output.splitlines()]
-        return [line for line in lines if "SRD-OUT" in line or "SRD-IN" in line]
+        # The first rule of each built-in chain, whoever's it is: one that stands before the jump could let all pass.
+        first = [next((line for line in lines if line.startswith(f"-A {own[2]} ")), "") for own in CHAINS.values()]
+        own = [line for line in lines if "SRD-OUT" in line or "SRD-IN" in line]
+        return [*(f"first: {line}" for line in first), *own] if own else []
 
     async def _jumps(self, family: int) -> list[str]:
         """Return the built-in chains that lead to srd's, as often as they do."""
@@ -284,13 +306,11 @@ async def _run(program: str, *arguments: str, text: str = "") -> _Ended:
     return _Ended(program, status, output.decode(errors="replace"), complaint.decode(errors="replace"))
 
 
-async def find_keeper() -> Keeper | None:
-    """Return what keeps rules on this machine: nftables, else iptables by either interface, else nothing."""
+async def usable_keepers() -> list[Keeper]:
+    """Return what can keep rules on this machine, the best first: nftables, then iptables by either interface."""
     families = {4: "iptables", 6: "ip6tables"}
-    for keeper in (Nftables("nft"), Iptables(families, "-legacy"), Iptables(families, "")):
-        if await keeper.usable():
-            return keeper
-    return None
+    keepers = (Nftables("nft"), Iptables(families, "-legacy"), Iptables(families, ""))
+    return [keeper for keeper in keepers if await keeper.usable()]
 
 
 class SecondNet:
@@ -300,30 +320,45 @@ class SecondNet:
         self._node = node
         self._scope = scope_of(config, node)
         self._write = store.writer("backstop")
-        self._keeper: Keeper | None = None
-        self._looked = False
-        self._as_put: str | None = None  # how the program shows the rules that stand; None: nobody knows yet
+        self._keepers: list[Keeper] | None = None  # None: nobody has looked yet
+        self._put: tuple[Scope, str] | None = None  # what was put, and how the program shows it
         self._mended = 0
 
     def adopt(self, config: Config) -> None:
         """Guard what this file has policies for, from the next pass on."""
-        scope = scope_of(config, self._node)
-        if scope != self._scope:
-            self._scope, self._as_put = scope, None
+        self._scope = scope_of(config, self._node)
 
     async def reconcile(self) -> None:
         """Compare the rules with those that were put last, and put them again if they differ."""
-        if not self._looked:
-            self._keeper = await find_keeper()
-            self._looked = True
-            log.info("second net", keeper=self._keeper.name if self._keeper is not None else None)
-        if self._keeper is None:
+        if self._keepers is None:
+            self._keepers = await usable_keepers()
+            log.info("second net", keeper=self._keepers[0].name if self._keepers else None)
+        if not self._keepers:
             self._write(Backstop(keeper=None, mended=0))
             return
-        if self._as_put is None or await self._keeper.observe() != self._as_put:
-            if self._as_put is not None:
-                self._mended += 1
-                log.warning("second net mended", keeper=self._keeper.name)
-            await self._keeper.replace(self._scope)
-            self._as_put = await self._keeper.observe()
-        self._write(Backstop(keeper=self._keeper.name, mended=self._mended))
+        keeper, *others = self._keepers
+        try:
+            await self._keep(keeper, others)
+        except BackstopError:
+            self._write(Backstop(keeper=None, mended=self._mended))
+            raise
+        self._write(Backstop(keeper=keeper.name, mended=self._mended))
+
+    async def _keep(self, keeper: Keeper, others: Sequence[Keeper]) -> None:
+        scope, put = self._scope, self._put
+        if put is not None and put[0] == scope:
+            if await keeper.observe() == put[1]:
+                return
+            self._mended += 1
+            log.warning("second net mended", keeper=keeper.name)
+        await keeper.replace(scope)
+        if put is None:
+            await removed(others)  # what an earlier srd kept in another way
+        self._put = (scope, await keeper.observe())
+
+
+async def removed(keepers: Iterable[Keeper]) -> None:
+    """Take away what is srd's of each."""
+    for keeper in keepers:
+        if await keeper.observe():
+            await keeper.remove()

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 
@@ -25,7 +25,7 @@ from srd.desired import leg_addresses
 from srd.ipsec.channel import Channel as TlsChannel
 from srd.ipsec.channel import tls_context
 from srd.ipsec.exchange import STEP_SECONDS, Exchange, Installer
-from srd.ipsec.peering import Peering
+from srd.ipsec.peering import RETRY_SECONDS, Peering
 from srd.ipsec.protocol import Beat, KeyingError, leads
 from srd.model import (
     Credentials,
@@ -51,6 +51,16 @@ BACKLOG: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 
 
+class Serials(Protocol):
+    """By which certificate each peer's present keys were made; it outlives srd as the keys do."""
+
+    def of(self, peer: str) -> int | None:
+        """Return the certificate's serial number, None if nobody knows."""
+
+    def note(self, peer: str, serial: int) -> None:
+        """Remember it."""
+
+
 class Keying:
     """Keeps one keyed connection with every peer."""
 
@@ -68,6 +78,7 @@ class Keying:
         report: Callable[[], PeerReport],
         wants_keys: Callable[[str], bool],
         mark: int | None,
+        serials: Serials,
     ) -> None:
         self._config = config
         self._node = node
@@ -76,6 +87,7 @@ class Keying:
         self._identify = identify
         self._report = report
         self._mark = mark
+        self._serials = serials
         self._write_channels = store.writer("channels")
         self._write_reports = store.writer("peers")
         self._channels: dict[str, Channel] = {}
@@ -93,29 +105,40 @@ class Keying:
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._add(config.peers_of(node.name))
 
-    def adopt(self, config: Config, credentials: Credentials) -> frozenset[str]:
-        """Take a changed file and certificate in: peers come and go, and new keys are made where these call for it.
-
-        Return the peers whose certificate is revoked now: their connections are closed, their keys are the caller's to
-        give up.
-        """
-        former, self._config = self._config, config
-        self._exchange.adopt(config)
+    def let_go(self, config: Config) -> None:
+        """End everything with peers that a changed file does not have, or has otherwise."""
         wanted = {peer.name: peer for peer in config.peers_of(self._node.name)}
         for name, peering in list(self._peerings.items()):
             if wanted.get(name) != peering.peer:
                 self._remove(name)
-        self._add([peer for name, peer in wanted.items() if name not in self._peerings])
-        revoked = {name for name, peering in self._peerings.items() if peering.serial in config.revoked}
-        for name in revoked:
-            self._peerings[name].close()
-        if credentials != self._credentials:
+
+    def adopt(self, config: Config, credentials: Credentials) -> frozenset[str]:
+        """Take a changed file and certificate in, and have new keys made where these call for it.
+
+        Return the peers whose keys are no longer to be trusted: the caller gives them up.
+        """
+        self.let_go(config)
+        former, self._config = self._config, config
+        self._exchange.adopt(config)
+        self._add([peer for peer in config.peers_of(self._node.name) if peer.name not in self._peerings])
+        for name, peering in self._peerings.items():
+            if peering.serials & config.revoked:
+                peering.refuse(KeyingError("admit", name, "its certificate is revoked"))
+        if credentials != self._credentials or former.suites != config.suites:
             self._credentials, self._context = credentials, tls_context(credentials)
-        elif former.suites == config.suites:
-            return frozenset(revoked)
-        for peering in self._peerings.values():
-            peering.renew()
-        return frozenset(revoked)
+            for peering in self._peerings.values():
+                peering.renew()
+        return self.distrusted()
+
+    def distrusted(self) -> frozenset[str]:
+        """Return the peers whose keys were made by a certificate that is revoked, or by nobody knows which."""
+        if not self._config.revoked:
+            return frozenset()
+        return frozenset(
+            name
+            for name in self._peerings
+            if (serial := self._serials.of(name)) is None or serial in self._config.revoked
+        )
 
     def _add(self, peers: Iterable[Node]) -> None:
         for peer in peers:
@@ -124,6 +147,8 @@ class Keying:
                 make=self._exchange.make,
                 beat=self._beat,
                 wants_keys=self._wants_keys,
+                trusted=lambda identity: identity.serial not in self._config.revoked,
+                keyed=self._serials.note,
                 changed=self._changed,
                 heard=self._heard,
             )
@@ -146,8 +171,7 @@ class Keying:
 
     def _start(self, group: asyncio.TaskGroup, peering: Peering) -> None:
         if leads(self._node, peering.peer):
-            lead = group.create_task(peering.lead(partial(self._connect, peering.peer)))
-            self._connecting[peering.peer.name] = lead
+            self._connecting[peering.peer.name] = group.create_task(self._lead(peering))
         else:
             group.create_task(self._knock(peering.peer))
 
@@ -195,6 +219,13 @@ class Keying:
             raise TimedOutError(
                 "renew the keys with", late, f"it took longer than {wait:g} s", "srd links says what fails"
             ) from None
+
+    async def _lead(self, peering: Peering) -> None:
+        """Lead for as long as the peer is one: a defect with one peer must not end the connections with the others."""
+        lead = partial(peering.lead, partial(self._connect, peering.peer))
+        while True:
+            await contained(f"keying with {peering.peer.name}", lead)
+            await asyncio.sleep(RETRY_SECONDS)
 
     # --- connections that come in
 
@@ -254,7 +285,9 @@ class Keying:
             raise KeyingError("admit", f"{identity.cluster}/{identity.node}", "it is not a node of this cluster.toml")
         peer = peering.peer
         if identity.serial in self._config.revoked:
-            raise KeyingError("admit", peer.name, f"its certificate {identity.serial:x} is revoked")
+            error = KeyingError("admit", peer.name, f"its certificate {identity.serial:x} is revoked")
+            peering.turned_away(error)
+            raise error
         if set(identity.addresses) != set(peer.addresses):
             raise KeyingError("admit", peer.name, "its certificate is for other addresses than cluster.toml has")
         if channel.remote not in {str(address) for address in peer.addresses}:
@@ -306,7 +339,10 @@ class Keying:
     async def _channel(self, connection: socket.socket, *, accepted: bool) -> TlsChannel:
         try:
             reader, writer = await asyncio.open_connection(sock=connection)
-        except (OSError, asyncio.CancelledError):
+        except OSError as error:
+            connection.close()
+            raise KeyingError("use", "a keying connection", error.strerror or "it broke") from error
+        except asyncio.CancelledError:
             connection.close()
             raise
         return TlsChannel(reader, writer, self._context, accepted=accepted)

@@ -167,6 +167,8 @@ class Mesh:
         Raises `XfrmError`, `AlreadyExistsError` for an SPI that is taken; `discard` takes back what was installed.
         """
         async with self._lock:
+            if tuple((leg.local, leg.remote) for leg in generation.legs) != self._legs(generation.peer):
+                raise SrdError("make keys with", generation.peer, "its addresses have changed meanwhile")
             pending = self._peer(generation.peer).pending
             for make in (inbound_sa, outbound_sa):
                 for leg in generation.legs:
@@ -178,6 +180,8 @@ class Mesh:
         """Send under the new keys from now on. The peer must be able to receive them."""
         async with self._lock:
             name, keys = generation.peer, Keys.of(generation)
+            if keys.pins.keys() != {remote for _, remote in self._legs(name)}:
+                raise SrdError("make keys with", name, "its addresses have changed meanwhile")
             self._peer(name).keys = keys
             for flow, rule in self._pinned[name]:
                 if flow.remote is not None:

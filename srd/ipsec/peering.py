@@ -20,7 +20,7 @@ from srd.config import Node
 from srd.ipsec.channel import Channel as TlsChannel
 from srd.ipsec.protocol import Beat, KeyingError
 from srd.ipsec.sas import Generation
-from srd.model import SrdError
+from srd.model import Identity, SrdError
 from srd.reconcile import boottime, contained, persistently, until_first
 from srd.state import Channel
 
@@ -41,8 +41,9 @@ class Peering:
     """Keeps one keyed connection with one peer.
 
     `make` makes a generation of keys over a connection, `beat` is what this node says of itself (its argument:
-    whether it wants new keys), `wants_keys` whether the link lacks keys or has worn ones. `changed` and `heard` get
-    every change of the record, and every heartbeat.
+    whether it wants new keys), `wants_keys` whether the link lacks keys or has worn ones, `trusted` whether a
+    certificate is not revoked. `keyed` is told by which certificate keys were made; `changed` and `heard` get every
+    change of the record, and every heartbeat.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Peering:
         make: Callable[[Node, TlsChannel], Awaitable[Generation]],
         beat: Callable[[bool], Beat],
         wants_keys: Callable[[str], bool],
+        trusted: Callable[[Identity], bool],
+        keyed: Callable[[str, int], None],
         changed: Callable[[Channel], None],
         heard: Callable[[Node, Beat], None],
     ) -> None:
@@ -59,6 +62,8 @@ class Peering:
         self._make = make
         self._beat = beat
         self._wants_keys = wants_keys
+        self._trusted = trusted
+        self._keyed = keyed
         self._changed = changed
         self._heard = heard
         self._record = Channel(peer=peer.name, connected=False, since=boottime())
@@ -69,7 +74,7 @@ class Peering:
         # New keys are wanted; the leader makes them, the follower says so with each beat.
         self._due = asyncio.Event()
         self._keyed_at = 0.0
-        self._renewed = asyncio.Event()
+        self._waiting: list[asyncio.Event] = []  # who waits for the next exchange that begins
         self._knocked = asyncio.Event()
 
     @property
@@ -78,19 +83,34 @@ class Peering:
         return self._record
 
     def renew(self) -> asyncio.Event:
-        """Have new keys made, soon and whichever end leads; the event is set when they are in use at both ends."""
+        """Have new keys made, soon and whichever end leads; the event is set when they are in use at both ends.
+
+        By an exchange that begins after this: one that is under way may be by an older certificate or other suites.
+        """
         self._due.set()
-        return self._renewed
+        renewed = asyncio.Event()
+        self._waiting.append(renewed)
+        return renewed
 
     def knock(self) -> None:
         """Hear that the peer has just come up: do not wait to try it again."""
         self._knocked.set()
 
     @property
-    def serial(self) -> int | None:
-        """The serial number of the certificate by which the peer is let in now."""
-        identity = self._live.identity if self._live is not None else None
-        return identity.serial if identity is not None else None
+    def serials(self) -> frozenset[int]:
+        """The serial numbers of the certificates by which the peer is let in on its connections."""
+        channels = [channel for channel in (self._live, self._former, self._making) if channel is not None]
+        return frozenset(channel.identity.serial for channel in channels if channel.identity is not None)
+
+    def turned_away(self, error: KeyingError) -> None:
+        """Show that somebody with the peer's name was not let in, unless the peer itself is."""
+        if self._live is None:
+            self._failed(error)
+
+    def refuse(self, error: KeyingError) -> None:
+        """End every connection, because the peer is not to be let in, and show that."""
+        self.close()
+        self._failed(error)
 
     def close(self) -> None:
         """Give the connection up; whoever holds it ends by that."""
@@ -110,7 +130,7 @@ class Peering:
         policy = persistently(SrdError, note=self._failed, cap=RETRY_SECONDS, sleep=self._pause)
         async with asyncio.TaskGroup() as holds:
             while True:
-                channel: TlsChannel = await policy(self._keyed, connect)
+                channel: TlsChannel = await policy(self._attempt, connect)
                 holds.create_task(contained(f"heartbeats with {self.peer.name}", partial(self._hold, channel)))
                 await self._due.wait()
                 await asyncio.sleep(max(0.0, self._keyed_at + RENEWAL_FLOOR_SECONDS - boottime()))
@@ -129,7 +149,7 @@ class Peering:
         finally:
             channel.close()
 
-    async def _keyed(self, connect: Callable[[], Awaitable[TlsChannel]]) -> TlsChannel:
+    async def _attempt(self, connect: Callable[[], Awaitable[TlsChannel]]) -> TlsChannel:
         self._knocked.clear()
         async with self._one_at_a_time:
             channel = await connect()
@@ -146,12 +166,23 @@ class Peering:
                 await self._knocked.wait()
 
     async def _exchange(self, channel: TlsChannel) -> None:
+        identity = channel.identity
+        if identity is None or not self._trusted(identity):
+            raise KeyingError("make keys with", self.peer.name, "its certificate is revoked")
+        waiting, self._waiting = self._waiting, []
+        self._due.clear()
         self._making = channel
         try:
             generation = await self._make(self.peer, channel)
+        except BaseException:
+            self._due.set()
+            self._waiting = [*waiting, *self._waiting]
+            raise
         finally:
             self._making = None
         self._established(channel, generation)
+        for renewed in waiting:
+            renewed.set()
 
     async def _hold(self, channel: TlsChannel) -> None:
         """Exchange heartbeats until the connection fails or the next one has taken its place.
@@ -199,9 +230,8 @@ class Peering:
     def _established(self, channel: TlsChannel, generation: Generation) -> None:
         self._end_former()
         self._former, self._live = self._live, channel
-        self._due.clear()
-        self._renewed.set()
-        self._renewed = asyncio.Event()
+        if channel.identity is not None:
+            self._keyed(self.peer.name, channel.identity.serial)
         now, known = boottime(), self._record
         self._keyed_at = now
         self._update(

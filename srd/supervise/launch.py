@@ -35,6 +35,14 @@ class Launcher:
         """Render the next files by a changed cluster.toml."""
         self._config = config
 
+    def tls_differs(self) -> bool:
+        """Whether the bundle has another certificate, key or authority than stunnel was started with."""
+        directory = self._paths.service_dir(Service.STUNNEL)
+        try:
+            return any((directory / n).read_bytes() != (self._paths.config_dir / n).read_bytes() for n in TLS_FILES)
+        except OSError:
+            return True  # the next start says what is wrong with which file
+
     def argv(self, service: Service) -> tuple[str, ...]:
         """Return the argument vector that the service is started with. No secret is ever in it."""
         program = programs.find_program(self._config, service)

@@ -75,10 +75,18 @@ class Services:
         self._ending = False
         self._one_pass = asyncio.Lock()
 
-    def adopt(self, config: Config) -> None:
-        """Start children by a changed file from now on; those that run go on as they are."""
+    async def adopt(self, config: Config) -> None:
+        """Start children by a changed file from now on; those that run go on as they are.
+
+        But stunnel if it was started with another certificate than the bundle has now: it knows no better way to take
+        one in than a restart, which cuts its connections.
+        """
         self._config = config
         self._launcher.adopt(config)
+        stunnel = self._processes.get(Service.STUNNEL)
+        if stunnel is not None and stunnel.state in RUNNING and await asyncio.to_thread(self._launcher.tls_differs):
+            log.info("stunnel takes a new certificate in")
+            await self.restart(Service.STUNNEL)
 
     async def run(self) -> None:
         """Probe the children until cancelled; they live on."""

@@ -1,6 +1,7 @@
-"""What the machine with the authority's key does after `srd init`: bundles for more nodes, and new certificates.
+"""What the machine with the authority's key does after `srd init`: nodes and certificates, more of them and fewer.
 
-Both work on the directory that `srd init` made. What they change is written beside it, and put in place by a rename.
+The cluster.toml there is the one from which all others are made: what was revoked or removed stays so. All of it works
+on the directory that `srd init` made; what it changes is written beside it, and put in place by a rename.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from cryptography import x509
 
 from srd.config import Config, Node, parse_config
 from srd.model import ConfigError, Identity, NodeKind, Secret
@@ -40,15 +44,12 @@ def add_node(
         write_file(staging / "secrets.toml", secrets)
         _issue(directory, config, node, staging, now)
         staging.rename(directory / name)
-    for place in (directory, *(directory / other.name for other in config.nodes if other.name != name)):
-        if (place / "cluster.toml").exists():
-            _replace(place / "cluster.toml", text, PUBLIC)
-    return config, node
+    return _distribute(directory, text, lambda after: after == config), node
 
 
 def renew_node(directory: Path, name: str, now: datetime.datetime) -> Node:
     """Issue new certificates, with new keys, for a node that there is."""
-    config = parse_config(_read(directory / "cluster.toml"), str(directory / "cluster.toml"))
+    _, config = _cluster(directory)
     try:
         node = config.node(name)
     except KeyError:
@@ -58,6 +59,54 @@ def renew_node(directory: Path, name: str, now: datetime.datetime) -> Node:
         for file in sorted(staging.iterdir()):
             file.rename(directory / name / file.name)
     return node
+
+
+def remove_node(directory: Path, name: str) -> Config:
+    """Take a node out of every cluster.toml; its bundle stays, for nobody."""
+    text, config = _cluster(directory)
+    wanted = tuple(node for node in config.nodes if node.name != name)
+    if len(wanted) == len(config.nodes):
+        raise ConfigError("remove the node", name, f"{directory} has no such node")
+    entry = re.compile(r"(?m)^[ \t]*\[\[\s*node\s*\]\](?:(?!^[ \t]*\[).*\n?)*")
+    changed = entry.sub(lambda found: "" if _names(found[0], name) else found[0], text)
+    return _distribute(directory, changed, lambda after: after.nodes == wanted)
+
+
+def revoke(directory: Path, name: str) -> tuple[Config, str]:
+    """Put the certificate that a node's bundle has on the list of those that are let in no more, and name its serial."""
+    text, config = _cluster(directory)
+    certificate = x509.load_pem_x509_certificate(_read(directory / name / "node.crt").encode())
+    serial = f"{certificate.serial_number:x}"
+    listed = ", ".join(f'"{number:x}"' for number in sorted({*config.revoked, certificate.serial_number}))
+    line = f"revoked = [{listed}]"
+    changed, count = re.subn(r"(?m)^[ \t]*revoked[ \t]*=[ \t]*\[[^\]]*\].*$", line, text)
+    if not count and re.search(r"(?m)^\s*\[\s*trust\s*\]", text):
+        changed = re.sub(r"(?m)^(\s*\[\s*trust\s*\].*)$", rf"\1\n{line}", text)
+    elif not count:
+        changed = f"{text.rstrip()}\n\n[trust]\n{line}\n"
+    wanted = config.revoked | {certificate.serial_number}
+    return _distribute(directory, changed, lambda after: after.revoked == wanted), serial
+
+
+def _names(entry: str, name: str) -> bool:
+    return re.search(rf"(?m)^[ \t]*name[ \t]*=[ \t]*[\"']{re.escape(name)}[\"']", entry) is not None
+
+
+def _cluster(directory: Path) -> tuple[str, Config]:
+    text = _read(directory / "cluster.toml")
+    return text, parse_config(text, str(directory / "cluster.toml"))
+
+
+def _distribute(directory: Path, text: str, is_meant: Callable[[Config], bool]) -> Config:
+    """Put a changed cluster.toml beside the authority and into every bundle, if it says what it is meant to."""
+    path = directory / "cluster.toml"
+    config = parse_config(text, f"{path}, changed")
+    if not is_meant(config):
+        raise ConfigError("change", str(path), "its lines are not as srd init writes them", "edit it by hand")
+    for place in (directory, *(directory / node.name for node in config.nodes)):
+        if (place / "cluster.toml").exists():
+            _replace(place / "cluster.toml", text, PUBLIC)
+    return config
 
 
 def _issue(directory: Path, config: Config, node: Node, into: Path, now: datetime.datetime) -> None:

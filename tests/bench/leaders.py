@@ -59,6 +59,16 @@ def make(root: Path, numbers: range) -> None:
         (root / node.name).write_bytes(msgspec.msgpack.encode(paper))
 
 
+class Forgetful:
+    """Remembers no certificate."""
+
+    def of(self, _peer: str) -> None:
+        return None
+
+    def note(self, _peer: str, _serial: int) -> None:
+        return
+
+
 def keying(root: Path, name: str, numbers: range) -> tuple[Keying, Store]:
     config = parse_config(toml(*numbers), "toml")
     node = config.node(name)
@@ -77,6 +87,7 @@ def keying(root: Path, name: str, numbers: range) -> tuple[Keying, Store]:
         report=lambda: PeerReport(name, boottime(), "0", initialized=False, role=Role.UNKNOWN, healthy=False),
         wants_keys=lambda _: False,
         mark=None,
+        serials=Forgetful(),
     )
     return made, store
 

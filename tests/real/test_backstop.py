@@ -13,7 +13,17 @@ import pytest
 from support.namespace import in_namespace
 
 from srd.config import parse_config
-from srd.ipsec.backstop import Iptables, Keeper, Nftables, Scope, SecondNet, find_keeper, scope_of
+from srd.ipsec.backstop import (
+    BackstopError,
+    Iptables,
+    Keeper,
+    Nftables,
+    Scope,
+    SecondNet,
+    removed,
+    scope_of,
+    usable_keepers,
+)
 from srd.ipsec.policies import KEYING_MARK
 from srd.state import Store
 
@@ -29,6 +39,7 @@ name = "redis-2"
 addresses = ["{THERE}", "{THERE6}"]
 """
 CONFIG = parse_config(TEXT, "cluster.toml")
+OFF = parse_config(TEXT + '[ipsec]\nmode = "off"\n', "cluster.toml")
 SCOPE = scope_of(CONFIG, CONFIG.node("redis-1"))
 FAMILIES = {4: "iptables", 6: "ip6tables"}
 KEEPERS: dict[str, Callable[[], Nftables | Iptables]] = {
@@ -109,7 +120,9 @@ def test_what_may_pass_passes_and_nothing_else(name: str) -> None:
                 assert leaves(peer, source_port=source_port, port=port, mark=mark), (peer, source_port, port)
         assert leaves(THERE, protocol="esp")
         assert leaves(OUTSIDER, protocol="udp", port=53)
-        assert leaves(OUTSIDER, port=6379)
+        assert leaves(OUTSIDER, port=6380)
+        for source_port, port in ((0, 6379), (26379, 40000)):
+            assert not leaves(OUTSIDER, source_port=source_port, port=port)
 
     body()
 
@@ -142,6 +155,14 @@ def test_it_is_replaced_whole_removed_whole_and_leaves_the_rules_of_others(name:
     body()
 
 
+def only(name: str) -> Callable[[], Coroutine[object, object, list[Keeper]]]:
+    async def usable() -> list[Keeper]:
+        keeper = KEEPERS[name]()
+        return [keeper] if await keeper.usable() else []
+
+    return usable
+
+
 @pytest.mark.parametrize("name", KEEPERS)
 def test_what_somebody_takes_away_is_put_back_and_counted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flush = {
@@ -150,10 +171,7 @@ def test_what_somebody_takes_away_is_put_back_and_counted(name: str, monkeypatch
         "iptables": ["iptables", "-F"],
     }
 
-    async def find() -> Keeper:
-        return KEEPERS[name]()
-
-    monkeypatch.setattr("srd.ipsec.backstop.find_keeper", find)
+    monkeypatch.setattr("srd.ipsec.backstop.usable_keepers", only(name))
 
     @in_namespace
     async def body() -> None:
@@ -178,8 +196,7 @@ def test_what_somebody_takes_away_is_put_back_and_counted(name: str, monkeypatch
 @in_namespace
 async def test_plaintext_that_comes_in_is_dropped_and_the_exemptions_are_not() -> None:
     async with peer() as send:
-        keeper = await find_keeper()
-        assert keeper is not None
+        keeper = (await usable_keepers())[0]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
             receiver.bind((HERE, 9999))
             receiver.setblocking(False)
@@ -234,5 +251,78 @@ def test_the_pairs_are_those_that_have_policies() -> None:
         (ip_address(HERE), ip_address(THERE)),
         (ip_address(HERE6), ip_address(THERE6)),
     )
-    off = parse_config(TEXT + '[ipsec]\nmode = "off"\n', "cluster.toml")
-    assert scope_of(off, off.node("redis-1")).pairs == ()
+    assert scope_of(OFF, OFF.node("redis-1")).pairs == ()
+
+
+@pytest.mark.parametrize("name", ["iptables", "iptables-legacy"])
+def test_a_rule_that_somebody_puts_before_srds_does_not_stay_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srd.ipsec.backstop.usable_keepers", only(name))
+
+    @in_namespace
+    async def body() -> None:
+        interface()
+        net = SecondNet(config=CONFIG, node=CONFIG.node("redis-1"), store=Store(0.0))
+        await net.reconcile()
+        does(name, "-I", "OUTPUT", "1", "-j", "ACCEPT")
+        assert leaves(THERE, protocol="udp")
+        await net.reconcile()
+        assert not leaves(THERE, protocol="udp")
+        assert does(name, "-S").count("-j SRD-OUT\n") == 1
+
+    body()
+
+
+@in_namespace
+async def test_another_way_of_keeping_the_rules_takes_the_former_ones_away() -> None:
+    interface()
+    await KEEPERS["iptables-legacy"]().replace(SCOPE)
+    await SecondNet(config=CONFIG, node=CONFIG.node("redis-1"), store=Store(0.0)).reconcile()
+    keepers = await usable_keepers()
+    assert [bool(await keeper.observe()) for keeper in keepers] == [True, False, False]
+    assert not leaves(THERE, protocol="udp")
+    await removed(keepers)
+    assert leaves(THERE, protocol="udp")
+
+
+class Slow:
+    """A keeper that takes its time, and whose rules somebody may want to change meanwhile."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.stands: Scope | None = None
+        self.meanwhile: Callable[[], None] = lambda: None
+        self.broken = False
+
+    async def observe(self) -> str:
+        return repr(self.stands)
+
+    async def replace(self, scope: Scope) -> None:
+        if self.broken:
+            raise BackstopError("keep", "it", "no")
+        self.meanwhile()
+        self.stands = scope
+
+    async def remove(self) -> None:
+        self.stands = None
+
+
+async def test_a_change_that_comes_during_a_pass_is_made_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper, store = Slow(), Store(0.0)
+
+    async def usable() -> list[Keeper]:
+        return [keeper]
+
+    monkeypatch.setattr("srd.ipsec.backstop.usable_keepers", usable)
+    net = SecondNet(config=CONFIG, node=CONFIG.node("redis-1"), store=store)
+    keeper.meanwhile = lambda: net.adopt(OFF)
+    await net.reconcile()
+    assert keeper.stands == SCOPE
+    await net.reconcile()
+    assert keeper.stands == scope_of(OFF, OFF.node("redis-1"))
+    net.adopt(CONFIG)
+    keeper.broken = True
+    with pytest.raises(BackstopError):
+        await net.reconcile()
+    assert (backstop := store.view().backstop) is not None
+    assert (backstop.keeper, backstop.mended) == (None, 0)

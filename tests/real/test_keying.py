@@ -21,6 +21,7 @@ from srd.ipsec.keying import MAX_HANDSHAKES, Keying
 from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
 from srd.ipsec.protocol import KeyingError
 from srd.ipsec.sas import Generation
+from srd.ipsec.serials import SerialsFile
 from srd.model import IpsecMode, Role, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime
 from srd.state import PeerReport, Store
@@ -85,6 +86,15 @@ class NodeTables:
             self.tables.inbound.pop((self.node, leg.spi_in), None)
 
 
+class Remembered:
+    """By which certificates keys were made, in memory."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}
+        self.of = self.known.get
+        self.note = self.known.__setitem__
+
+
 def esp(bundle: Bundle) -> Bundle:
     """Return the bundle with ipsec.mode on: loopback addresses are refused by the file, but key as any other."""
     section = msgspec.structs.replace(bundle.config.ipsec, mode=IpsecMode.ESP)
@@ -110,6 +120,7 @@ def keying_of(
         ),
         wants_keys=lambda peer: peer in wanting,
         mark=None,
+        serials=Remembered(),
     )
     return keying, store
 
@@ -246,24 +257,64 @@ async def test_peers_come_and_go_and_the_others_notice_nothing(bundles: dict[str
         assert store.view().channels["redis-2"] == before
 
 
+@pytest.mark.parametrize(("here", "there"), [("redis-1", "redis-2"), ("redis-2", "redis-1")])
 async def test_a_revoked_certificate_is_put_out_and_not_let_in_again_but_a_new_one_is(
+    bundles: dict[str, Bundle], tmp_path: Path, here: str, there: str
+) -> None:
+    tables = Tables()
+    mine, store = keying_of(bundles[here], tables, FAST_AES)
+    theirs, _ = keying_of(bundles[there], tables, FAST_AES)
+    serial = bundles[there].credentials.identity.serial
+    revoking = dataclasses.replace(bundles[here].config, revoked=frozenset({serial}))
+    async with running(mine, theirs):
+        await store.wait_for(lambda view: view.channels[there].connected, 20)
+        # Of redis-3 nobody knows by which certificate keys could have been made.
+        assert mine.adopt(revoking, bundles[here].credentials) == {there, "redis-3"}
+        view = await store.wait_for(lambda view: "is revoked" in (view.channels[there].last_error or ""), 20)
+        assert not view.channels[there].connected
+        renew_node(tmp_path / "bundles", there, dt.datetime.now(dt.UTC))
+        renewed = esp(load_bundle(paths_of(tmp_path, there), dt.datetime.now(dt.UTC)))
+        theirs.adopt(renewed.config, renewed.credentials)
+        await store.wait_for(lambda view: view.channels[there].connected, 20)
+        assert mine.distrusted() == {"redis-3"}
+
+
+async def test_keys_by_a_revoked_certificate_are_not_trusted_although_their_connection_is_gone(
     bundles: dict[str, Bundle], tmp_path: Path
 ) -> None:
     tables = Tables()
     one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    file = tmp_path / "keyed-by.json"
+    one._serials = SerialsFile(file)
+    for peering in one._peerings.values():
+        peering._keyed = one._serials.note
     two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
-    revoked = dataclasses.replace(
-        bundles["redis-1"].config, revoked=frozenset({bundles["redis-2"].credentials.identity.serial})
-    )
-    async with running(one, two):
+    serial = bundles["redis-2"].credentials.identity.serial
+    async with running(one):
+        async with running(two):
+            await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        await store.wait_for(lambda view: not view.channels["redis-2"].connected, 20)
+        assert one.distrusted() == frozenset()
+        revoking = dataclasses.replace(bundles["redis-1"].config, revoked=frozenset({serial}))
+        assert "redis-2" in one.adopt(revoking, bundles["redis-1"].credentials)
+    assert SerialsFile(file).of("redis-2") == serial
+    assert SerialsFile(file).of("redis-3") is None
+
+
+async def test_a_renewal_that_is_asked_for_during_an_exchange_is_another_exchange(
+    bundles: dict[str, Bundle],
+) -> None:
+    tables = Tables()
+    nodes = [keying_of(bundles[name], tables, FAST_AES) for name in ("redis-1", "redis-2")]
+    (one, store), _ = nodes
+    async with running(*(keying for keying, _ in nodes)):
         await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
-        assert one.adopt(revoked, bundles["redis-1"].credentials) == {"redis-2"}
-        view = await store.wait_for(lambda view: "is revoked" in (view.channels["redis-2"].last_error or ""), 20)
-        assert not view.channels["redis-2"].connected
-        renew_node(tmp_path / "bundles", "redis-2", dt.datetime.now(dt.UTC))
-        renewed = esp(load_bundle(paths_of(tmp_path, "redis-2"), dt.datetime.now(dt.UTC)))
-        two.adopt(renewed.config, renewed.credentials)
-        await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        tables.slowness = 1.0
+        first = asyncio.create_task(one.renew(["redis-2"], 20))
+        await asyncio.sleep(1.5)  # a beat later the exchange has begun, and is slow
+        await one.renew(["redis-2"], 20)
+        await first
+        assert store.view().channels["redis-2"].keyings == 3
 
 
 async def test_a_new_certificate_and_other_suites_are_in_use_after_a_renewal_of_the_keys(

@@ -11,7 +11,7 @@ from support.clusters import NODES, cluster_toml, make_bundles, paths_of
 
 from srd.model import ConfigError, NodeKind
 from srd.trust.bundle import load_bundle
-from srd.trust.issuing import add_node, renew_node
+from srd.trust.issuing import add_node, remove_node, renew_node, revoke
 
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 
@@ -79,3 +79,40 @@ def test_renewed_certificates_are_new_with_new_keys_and_later_ends(root: Path) -
     assert after.not_after["node"] == before.not_after["node"] + 300 * 86400
     with pytest.raises(ConfigError, match="no such node"):
         renew_node(root / "bundles", "redis-9", NOW)
+
+
+def test_what_was_revoked_and_removed_stays_so_when_a_node_is_added(root: Path) -> None:
+    bundles = root / "bundles"
+    serial = load_bundle(paths_of(root, "redis-2"), NOW).credentials.identity.serial
+    _, said = revoke(bundles, "redis-2")
+    assert int(said, 16) == serial
+    renew_node(bundles, "redis-2", NOW)
+    other = load_bundle(paths_of(root, "redis-2"), NOW).credentials.identity.serial
+    revoke(bundles, "redis-2")
+    remove_node(bundles, "redis-3")
+    add_node(bundles, "redis-4", ["127.0.1.4"], NodeKind.REDIS, NOW)
+    for name in ("redis-1", "redis-2", "redis-4"):
+        config = load_bundle(paths_of(root, name), NOW).config
+        assert config.revoked == {serial, other}
+        assert [node.name for node in config.nodes] == ["redis-1", "redis-2", "redis-4"]
+
+
+@pytest.mark.parametrize("text", ['[trust]\nrevoked = [\n  "ab", # lost\n  "cd",\n]\n', "[trust] # nobody yet\n", ""])
+def test_a_list_that_is_there_is_added_to(root: Path, text: str) -> None:
+    file = root / "bundles" / "cluster.toml"
+    file.write_text(file.read_text() + text)
+    before = 2 if "ab" in text else 0
+    config, serial = revoke(root / "bundles", "redis-1")
+    assert len(config.revoked) == before + 1
+    assert int(serial, 16) in config.revoked
+
+
+def test_lines_that_cannot_be_changed_safely_are_left_to_a_person(root: Path) -> None:
+    file = root / "bundles" / "cluster.toml"
+    text = file.read_text().replace('name = "redis-3"', '"name" = "redis-3"')
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="edit it by hand"):
+        remove_node(root / "bundles", "redis-3")
+    assert file.read_text() == text
+    with pytest.raises(ConfigError, match="no such node"):
+        remove_node(root / "bundles", "redis-9")
