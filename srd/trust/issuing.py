@@ -73,7 +73,7 @@ def remove_node(directory: Path, name: str) -> Config:
 
 
 def revoke(directory: Path, name: str) -> tuple[Config, str]:
-    """Put the certificate that a node's bundle has on the list of those that are let in no more, and name its serial."""
+    """Put the certificate that a node's bundle has on the list of those that are let in no more; name its serial."""
     text, config = _cluster(directory)
     certificate = x509.load_pem_x509_certificate(_read(directory / name / "node.crt").encode())
     serial = f"{certificate.serial_number:x}"

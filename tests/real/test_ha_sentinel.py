@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ from support.patience import retrying
 
 from srd.config import Config, parse_config
 from srd.ha.lease import endpoint_of
-from srd.ha.observe import Observer
+from srd.ha.observe import REDIS_POLL_SECONDS, Observer
 from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
 from srd.ha.sentinel import SUBSCRIBED, RedisClient, SentinelClient
 from srd.model import Endpoint, Role, Secret, Secrets
@@ -386,6 +387,53 @@ async def test_a_sentinel_that_hangs_delays_nobody(cluster: Cluster) -> None:
         assert view.sentinels["n3"].asked <= stopped
         cluster.send("sentinel-n3", signal.SIGCONT)
         await watch.until(lambda view: "n3" in view.sentinels)
+
+
+async def test_what_follows_from_the_number_of_nodes_is_kept_true(cluster: Cluster) -> None:
+    await whole(cluster)
+    watch = Watch(cluster, "n1")
+    config = cluster.config
+    async with running(watch):
+        await watch.until(lambda view: len(view.sentinels) == 3 and view.redis is not None)
+        assert watch.observer.redis is not None
+        for demanded in (7, 0):
+            await watch.observer.redis.keep_fence(demanded)
+            await watch.until(
+                lambda view: view.redis is not None and view.redis.min_replicas_to_write == config.min_replicas_to_write
+            )
+        await watch.observer.sentinels["n1"].keep_quorum(3)
+        await watch.until(lambda view: view.sentinels["n1"].quorum == 3)
+        await watch.until(lambda view: view.sentinels["n1"].quorum == config.quorum == 2)
+
+
+async def test_a_primary_demands_more_replicas_only_once_it_has_them(cluster: Cluster) -> None:
+    await whole(cluster)
+    watch = Watch(cluster, "n1")
+    watch.observer._config = dataclasses.replace(
+        cluster.config,
+        nodes=tuple(dataclasses.replace(n, name=f"{n.name}{k}") for n in cluster.config.nodes for k in "ab"),
+    )
+    assert watch.observer._config.min_replicas_to_write == 3
+    async with running(watch):
+        view = await watch.until(lambda view: view.redis is not None)
+        assert view.redis is not None
+        assert [replica.state for replica in view.redis.replicas] == ["online"] * 2
+        await asyncio.sleep(3 * REDIS_POLL_SECONDS)
+        redis = watch.store.view().redis
+        assert redis is not None
+        assert redis.min_replicas_to_write == cluster.config.min_replicas_to_write
+
+
+async def test_a_changed_file_changes_whose_sentinels_are_asked(cluster: Cluster) -> None:
+    await whole(cluster)
+    watch = Watch(cluster, "n1")
+    without = dataclasses.replace(cluster.config, nodes=cluster.config.nodes[:2])
+    async with running(watch):
+        await watch.until(lambda view: len(view.sentinels) == 3)
+        watch.observer.adopt(without)
+        await watch.until(lambda view: set(view.sentinels) == {"n1", "n2"})
+        watch.observer.adopt(cluster.config)
+        await watch.until(lambda view: len(view.sentinels) == 3 and watch.holds())
 
 
 async def test_a_killed_primary_is_replaced_and_everyone_sees_it(cluster: Cluster) -> None:
