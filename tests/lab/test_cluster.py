@@ -273,6 +273,22 @@ def test_a_node_leaves_and_comes_back_while_the_others_lose_nothing(lab: Lab) ->
     assert received == sent
 
 
+def test_renewed_certificates_are_taken_in_and_the_cluster_is_whole_with_them(lab: Lab) -> None:
+    lab.wait_whole()
+    before = {node: lab.get(node, "/srd").body["certificates"] for node in lab.nodes}
+    for node in lab.nodes:
+        subprocess.run(["srd", "node", "renew", "/var/lab/bundles", node], check=True, capture_output=True)
+        for file in Path(f"/var/lab/bundles/{node}").glob("[nt]*.*"):
+            shutil.copy(file, f"/var/lab/{node}/etc/srd")
+        assert "taken in" in lab.on(node, "srd", "reload").stdout
+        lab.wait_whole()
+    for node in lab.nodes:
+        after = lab.get(node, "/srd").body["certificates"]
+        assert all(after[name] > before[node][name] for name in ("node", "tls"))
+        assert after["ca"] == before[node]["ca"]
+    lab.on("client", "redis-cli", "set", "written", "through the new certificate")
+
+
 def test_a_file_that_cannot_be_taken_in_changes_nothing(lab: Lab) -> None:
     lab.wait_whole()
     file = Path(f"/var/lab/{lab.nodes[0]}/etc/srd/cluster.toml")

@@ -409,10 +409,8 @@ async def test_what_follows_from_the_number_of_nodes_is_kept_true(cluster: Clust
 async def test_a_primary_demands_more_replicas_only_once_it_has_them(cluster: Cluster) -> None:
     await whole(cluster)
     watch = Watch(cluster, "n1")
-    watch.observer._config = dataclasses.replace(
-        cluster.config,
-        nodes=tuple(dataclasses.replace(n, name=f"{n.name}{k}") for n in cluster.config.nodes for k in "ab"),
-    )
+    twice = tuple(dataclasses.replace(node, name=node.name + half) for node in cluster.config.nodes for half in "ab")
+    watch.observer._config = dataclasses.replace(cluster.config, nodes=twice)
     assert watch.observer._config.min_replicas_to_write == 3
     async with running(watch):
         view = await watch.until(lambda view: view.redis is not None)
