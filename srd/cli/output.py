@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -129,8 +130,17 @@ def show(
     """Ask the daemon for `path` and show the answer, once or, with `--watch`, until Ctrl-C."""
     output, watch, timeout = options.output, options.watch, options.timeout
     status = 0
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        # Python ignores what is raised while it finalizes an object, so the raising alone may be lost.
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        while True:
+        while not interrupted:
             try:
                 document = client.get(paths.control_socket, path, timeout=timeout)
             except SrdError as error:

@@ -83,6 +83,7 @@ class Observer:
         )
         self._secrets = secrets
         self.sentinels: dict[str, SentinelClient] = {}
+        self._former: list[SentinelClient] = []  # of nodes that are no voters any more; to be closed
         self._askers: dict[str, Loop] = {}
         self._changed = asyncio.Event()
         self._watch(config)
@@ -111,6 +112,7 @@ class Observer:
         """Watch the nodes of a changed file from now on."""
         moved = {n.name for n in self._config.voters if n not in config.voters}
         self._config = config
+        self._former += [client for name, client in self.sentinels.items() if name in moved]
         self.sentinels = {name: client for name, client in self.sentinels.items() if name not in moved}
         self._watch(config)
         self._changed.set()
@@ -120,6 +122,8 @@ class Observer:
         try:
             while True:
                 self._changed.clear()
+                while self._former:
+                    await self._former.pop().close()
                 await until_first(self.loop.run, self.ask_sentinels, self.events, self._reconfigured)
         finally:
             await self.close()
@@ -129,7 +133,7 @@ class Observer:
 
     async def close(self) -> None:
         """Close every connection; each is opened again when it is needed."""
-        for client in (self.redis, *self.sentinels.values()):
+        for client in (self.redis, *self.sentinels.values(), *self._former):
             if client is not None:
                 await client.close()
 

@@ -192,11 +192,11 @@ class Fields:
 
     @classmethod
     def of_list(cls, subject: str, reply: Any) -> Fields:
-        """Read a flat list of names and values."""
+        """Read a flat list of names and values; names in lower case, for SENTINEL DEBUG shouts them."""
         items = [str(item) for item in checked(subject, reply, list)]
         if len(items) % 2:
             raise UnexpectedReplyError("understand", subject, "a name without a value")
-        return cls(subject, dict(zip(items[::2], items[1::2], strict=True)))
+        return cls(subject, dict(zip(map(str.lower, items[::2]), items[1::2], strict=True)))
 
     @classmethod
     def of_line(cls, subject: str, line: str) -> Fields:

@@ -172,11 +172,16 @@ class SentinelClient:
 
         Changed only where it differs, for this one sentinel: `SENTINEL DEBUG` (redis 7.0) spreads to no other.
         """
-        (listed,) = await self._wire.ask(("SENTINEL", "DEBUG"), seconds=seconds)
-        paced = Fields.of_list(self._wire.subject, listed)
-        wrong = [word for name, value in PACE.items() if paced.get(name, int) != value for word in (name, str(value))]
+        paced = await self.pace(seconds)
+        wrong = [word for name, value in PACE.items() if paced[name] != value for word in (name, str(value))]
         if wrong:
             await self._wire.ask(("SENTINEL", "DEBUG", *wrong), seconds=seconds)
+
+    async def pace(self, seconds: float = ANSWER_SECONDS) -> dict[str, int]:
+        """Return how often it looks and speaks now, in the terms of `PACE`."""
+        (listed,) = await self._wire.ask(("SENTINEL", "DEBUG"), seconds=seconds)
+        shown = Fields.of_list(self._wire.subject, listed)
+        return {name: shown.get(name, int) for name in PACE}
 
     async def keep_quorum(self, quorum: int, seconds: float = ANSWER_SECONDS) -> None:
         """Have it take so many sentinels for enough to call the primary down."""

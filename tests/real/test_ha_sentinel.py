@@ -20,7 +20,7 @@ from srd.config import Config, parse_config
 from srd.ha.lease import endpoint_of
 from srd.ha.observe import REDIS_POLL_SECONDS, Observer
 from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
-from srd.ha.sentinel import SUBSCRIBED, RedisClient, SentinelClient
+from srd.ha.sentinel import PACE, SUBSCRIBED, RedisClient, SentinelClient
 from srd.model import Endpoint, Role, Secret, Secrets
 from srd.reconcile import boottime
 from srd.state import Store, View
@@ -404,6 +404,8 @@ async def test_what_follows_from_the_number_of_nodes_is_kept_true(cluster: Clust
         await watch.observer.sentinels["n1"].keep_quorum(3)
         await watch.until(lambda view: view.sentinels["n1"].quorum == 3)
         await watch.until(lambda view: view.sentinels["n1"].quorum == config.quorum == 2)
+        assert await watch.observer.sentinels["n1"].pace() == PACE
+        assert await watch.observer.sentinels["n2"].pace() != PACE, "another node's is its own srd's"
 
 
 async def test_a_primary_demands_more_replicas_only_once_it_has_them(cluster: Cluster) -> None:
