@@ -29,9 +29,9 @@ from srd.ha import restart
 from srd.ha.observe import Observer
 from srd.ipsec import xfrm
 from srd.ipsec.backstop import SecondNet
-from srd.ipsec.exchange import Installer
+from srd.ipsec.exchange import Installer, Unprotected
 from srd.ipsec.keying import Keying
-from srd.ipsec.mesh import Mesh, Unprotected, watch
+from srd.ipsec.mesh import Mesh, watch
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report

@@ -54,6 +54,29 @@ class Installer(Protocol):
         """Give up the new ones."""
 
 
+class Unprotected:
+    """What stands in the mesh's place when ipsec.mode is off: keys are agreed on and go nowhere."""
+
+    async def sends(self, _peer: str) -> tuple[int, ...]:
+        """Return no SPI: there are none."""
+        return ()
+
+    async def agree(self, peer: str, sends: frozenset[int]) -> None:
+        """Do nothing."""
+
+    async def install(self, generation: Generation) -> None:
+        """Do nothing."""
+
+    async def pin(self, generation: Generation) -> None:
+        """Do nothing."""
+
+    async def retire(self, peer: str) -> None:
+        """Do nothing."""
+
+    async def discard(self, generation: Generation) -> None:
+        """Do nothing."""
+
+
 class Exchange:
     """Makes generations with peers, one at a time for each; remembers only how far it has counted."""
 

@@ -24,19 +24,19 @@ from typing import Final
 import structlog
 
 from srd.config import Config, Node
-from srd.desired import Flow, Rule, Treatment, Way, leg_addresses, rules
+from srd.desired import leg_addresses, rules
 from srd.ipsec import xfrm
 from srd.ipsec.links import NO_KEYS, Keys, Observed, fresh_link, grouped, link
 from srd.ipsec.policies import (
     INDEX_BASE,
     INDEX_SPAN,
     UNKEYED_SPI,
-    PolicyKey,
     compile_policy,
     overrides,
     owns_index,
     owns_reqid,
-    policy_key,
+    pinned,
+    pinned_address,
 )
 from srd.ipsec.sas import Generation, inbound_sa, outbound_sa
 from srd.model import IpAddress, SrdError
@@ -104,7 +104,7 @@ class Mesh:
         self._take(config, {})
         # The last pass: what it found, and where each of srd's policies is.
         self._seen = Observed()
-        self._indices: dict[PolicyKey, int] = {}
+        self._indices: dict[xfrm.PolicyIdentity, int] = {}
         self._links: dict[str, Link] = {}
         self._drift = 0
         self._settled = False
@@ -113,21 +113,20 @@ class Mesh:
 
     def _take(self, config: Config, known: Mapping[str, _Peer]) -> None:
         """Want what a file wants; of peers that it has unchanged, what is known stays."""
-        self._rules = rules(config, self._node)
         self._peers = {
             peer.name: known[peer.name] if peer.name in known and known[peer.name].node == peer else _Peer(peer)
             for peer in config.peers_of(self._node.name)
         }
-        # What pinning changes: the outbound ESP policies, by peer.
-        self._pinned: dict[str, list[tuple[Flow, Rule]]] = {name: [] for name in self._peers}
-        for flow, rule in self._rules.items():
-            if rule.treatment is Treatment.ESP and rule.peer is not None and flow.way is Way.OUT:
-                self._pinned[rule.peer].append((flow, rule))
-        self._at = {address: peer for peer in self._peers.values() for address in peer.node.addresses}
         # What wins comes first: an exemption is never there without the protected ports above it, nor is what is
         # exempt (a peer's keying) ever refused because its exemption is still to come.
-        ranked = sorted(self._rules.items(), key=lambda item: item[1].rank)
-        self._unkeyed = {flow: compile_policy(flow, rule, UNKEYED_SPI) for flow, rule in ranked}
+        ranked = sorted(rules(config, self._node).items(), key=lambda item: item[1].rank)
+        self._unkeyed = {policy.identity: policy for policy in (compile_policy(*item) for item in ranked)}
+        self._at = {address: peer for peer in self._peers.values() for address in peer.node.addresses}
+        # What a peer's new keys change, by its address.
+        self._to: dict[IpAddress, list[xfrm.Policy]] = {address: [] for address in self._at}
+        for policy in self._unkeyed.values():
+            if (address := pinned_address(policy)) is not None:
+                self._to[address].append(policy)
         self._judged = None
 
     async def adopt(self, config: Config) -> None:
@@ -167,9 +166,7 @@ class Mesh:
         Raises `XfrmError`, `AlreadyExistsError` for an SPI that is taken; `discard` takes back what was installed.
         """
         async with self._lock:
-            if tuple((leg.local, leg.remote) for leg in generation.legs) != self._legs(generation.peer):
-                raise SrdError("make keys with", generation.peer, "its addresses have changed meanwhile")
-            pending = self._peer(generation.peer).pending
+            pending = self._peer_of(generation).pending
             for make in (inbound_sa, outbound_sa):
                 for leg in generation.legs:
                     sa = make(generation, leg)
@@ -180,19 +177,16 @@ class Mesh:
         """Send under the new keys from now on. The peer must be able to receive them."""
         async with self._lock:
             name, keys = generation.peer, Keys.of(generation)
-            if keys.pins.keys() != {remote for _, remote in self._legs(name)}:
-                raise SrdError("make keys with", name, "its addresses have changed meanwhile")
-            self._peer(name).keys = keys
-            for flow, rule in self._pinned[name]:
-                if flow.remote is not None:
-                    await self._repin(flow, rule, keys.pins[flow.remote])
+            self._peer_of(generation).keys = keys
+            for remote, spi in keys.pins.items():
+                for policy in self._to[remote]:
+                    await self._repin(pinned(policy, spi))
             self._seen = replace(self._seen, pins={**self._seen.pins, **keys.pins})
             self._links[name] = fresh_link(name, generation, self._seen)
             self._write_links(self._links)
 
-    async def _repin(self, flow: Flow, rule: Rule, spi: int) -> None:
-        policy = compile_policy(flow, rule, spi)
-        index = self._indices.get(policy_key(policy))
+    async def _repin(self, policy: xfrm.Policy) -> None:
+        index = self._indices.get(policy.identity)
         if index is None:
             self._wake()  # it is not there, or somebody else's is: the pass knows what to do
         else:
@@ -228,6 +222,12 @@ class Mesh:
         except KeyError:
             raise SrdError("make keys with", name, "it is no peer any more") from None
 
+    def _peer_of(self, generation: Generation) -> _Peer:
+        """Return the peer that a generation is for, if its keys still fit it."""
+        if tuple((leg.local, leg.remote) for leg in generation.legs) != self._legs(generation.peer):
+            raise SrdError("make keys with", generation.peer, "its addresses have changed meanwhile")
+        return self._peer(generation.peer)
+
     def _legs(self, peer: str) -> tuple[tuple[IpAddress, IpAddress], ...]:
         return leg_addresses(self._node, self._peer(peer).node)
 
@@ -256,18 +256,18 @@ class Mesh:
     async def _judge(self, table: xfrm.PolicyTable, sas: Iterable[xfrm.SaInfo]) -> _Judged:
         """Read the policies, add and change; what is to be removed is closed, for when its SAs are gone."""
         policies = table.policies()
-        owned = {policy_key(info.policy): info.policy for info in policies if owns_index(info.policy.index)}
+        owned = {info.policy.identity: info.policy for info in policies if owns_index(info.policy.index)}
         # A policy of an xfrm interface never meets this traffic: its interface is part of its identity.
         others = [info for info in policies if not owns_index(info.policy.index) and not info.interface_id]
         in_use = {
-            policy.selector.destination.network_address: policy.templates[0].spi
+            address: policy.templates[0].spi
             for policy in owned.values()
-            if policy.direction is xfrm.Direction.OUT and policy.templates
+            if (address := pinned_address(policy)) is not None
         }
         pins = self._pins(in_use, sas)
         wanted = self._wanted(pins)
         # Somebody else's policies stand where these belong: a condition, never overwritten.
-        occupied = {policy_key(info.policy) for info in others if not info.sub} & (wanted.keys() - owned.keys())
+        occupied = {info.policy.identity for info in others if not info.sub} & (wanted.keys() - owned.keys())
         changes, former = await self._apply(wanted, owned, occupied)
         return _Judged(
             fingerprint=table.fingerprint,
@@ -292,19 +292,18 @@ class Mesh:
                     pins[remote] = spi if (remote, spi) in outbound else UNKEYED_SPI
         return pins
 
-    def _wanted(self, pins: Mapping[IpAddress, int]) -> dict[PolicyKey, xfrm.Policy]:
-        wanted: dict[PolicyKey, xfrm.Policy] = {}
-        for flow, unkeyed in self._unkeyed.items():
-            pin = pins.get(flow.remote, UNKEYED_SPI) if flow.remote is not None else UNKEYED_SPI
-            policy = unkeyed if pin == UNKEYED_SPI else compile_policy(flow, self._rules[flow], pin)
-            wanted[policy_key(policy)] = policy
+    def _wanted(self, pins: Mapping[IpAddress, int]) -> dict[xfrm.PolicyIdentity, xfrm.Policy]:
+        wanted = dict(self._unkeyed)
+        for remote, spi in pins.items():
+            if spi != UNKEYED_SPI:
+                wanted |= {policy.identity: pinned(policy, spi) for policy in self._to[remote]}
         return wanted
 
     async def _apply(
         self,
-        wanted: Mapping[PolicyKey, xfrm.Policy],
-        owned: Mapping[PolicyKey, xfrm.Policy],
-        occupied: AbstractSet[PolicyKey],
+        wanted: Mapping[xfrm.PolicyIdentity, xfrm.Policy],
+        owned: Mapping[xfrm.PolicyIdentity, xfrm.Policy],
+        occupied: AbstractSet[xfrm.PolicyIdentity],
     ) -> tuple[int, tuple[xfrm.Policy, ...]]:
         """Add and change; return how much that was, and what is to be removed."""
         difference = diff(wanted, {key: replace(policy, index=0) for key, policy in owned.items()})
@@ -324,7 +323,7 @@ class Mesh:
         for policy in former:
             if policy.templates:
                 await self._socket.update_policy(replace(policy, action=xfrm.Action.BLOCK, templates=()))
-            del self._indices[policy_key(policy)]
+            del self._indices[policy.identity]
         for policy in (*new.values(), *former):
             self._count_drift(policy)
         return len(new) + len(difference.change) + len(former), former
@@ -375,7 +374,7 @@ class Mesh:
         self._write_links(self._links)
 
 
-def _addresses(keys: Iterable[PolicyKey]) -> frozenset[IpAddress]:
+def _addresses(keys: Iterable[xfrm.PolicyIdentity]) -> frozenset[IpAddress]:
     """Return the addresses that policies are about."""
     return frozenset(
         network.network_address for selector, _, _ in keys for network in (selector.source, selector.destination)
@@ -388,29 +387,6 @@ async def watch(socket: xfrm.XfrmSocket, events: xfrm.XfrmEvents, wake: Callable
         async for event in events:
             if event.pid != socket.pid:
                 wake()
-
-
-class Unprotected:
-    """What stands in the mesh's place when ipsec.mode is off: keys are agreed on and go nowhere."""
-
-    async def sends(self, _peer: str) -> tuple[int, ...]:
-        """Return no SPI: there are none."""
-        return ()
-
-    async def agree(self, peer: str, sends: frozenset[int]) -> None:
-        """Do nothing."""
-
-    async def install(self, generation: Generation) -> None:
-        """Do nothing."""
-
-    async def pin(self, generation: Generation) -> None:
-        """Do nothing."""
-
-    async def retire(self, peer: str) -> None:
-        """Do nothing."""
-
-    async def discard(self, generation: Generation) -> None:
-        """Do nothing."""
 
 
 def read_xfrm_errors() -> dict[str, int]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
 from srd.desired import Flow, Rule, Treatment, Way
 from srd.ipsec import xfrm
+from srd.model import IpAddress
 
 REQID_BASE: Final = 0x5D00_0000
 REQID_SPAN: Final = 1 << 20
@@ -25,8 +27,6 @@ UNKEYED_SPI: Final = 1
 KEYING_MARK: Final = 0x0073_7264
 
 _DIRECTIONS: Final = {Way.IN: xfrm.Direction.IN, Way.OUT: xfrm.Direction.OUT}
-
-PolicyKey = tuple[xfrm.Selector, xfrm.Direction, xfrm.Mark | None]
 
 
 def reqid_of(peer: str) -> int:
@@ -49,13 +49,8 @@ def owns_index(index: int) -> bool:
     return INDEX_BASE <= index >> 3 < INDEX_BASE + INDEX_SPAN
 
 
-def policy_key(policy: xfrm.Policy) -> PolicyKey:
-    """Return what the kernel takes for a policy's identity; its priority is no part of it."""
-    return policy.selector, policy.direction, policy.mark
-
-
-def compile_policy(flow: Flow, rule: Rule, pin: int) -> xfrm.Policy:
-    """Translate a rule into the kernel's terms; `pin` is the SPI for an outbound ESP rule. The index is left 0."""
+def compile_policy(flow: Flow, rule: Rule) -> xfrm.Policy:
+    """Translate a rule into the kernel's terms: pinned to no keys, if it is one that can be. The index is left 0."""
     anything = "0.0.0.0/0" if flow.family == 4 else "::/0"  # noqa: PLR2004 - IP version
     local = ip_network(flow.local if flow.local is not None else anything)
     remote = ip_network(flow.remote if flow.remote is not None else anything)
@@ -65,7 +60,7 @@ def compile_policy(flow: Flow, rule: Rule, pin: int) -> xfrm.Policy:
     )
     templates: tuple[xfrm.Template, ...] = ()
     if rule.treatment is Treatment.ESP and rule.peer is not None:
-        templates = (xfrm.Template(reqid=reqid_of(rule.peer), spi=pin if outbound else 0),)
+        templates = (xfrm.Template(reqid=reqid_of(rule.peer), spi=UNKEYED_SPI if outbound else 0),)
     return xfrm.Policy(
         selector=xfrm.Selector(
             source=local if outbound else remote,
@@ -84,8 +79,22 @@ def compile_policy(flow: Flow, rule: Rule, pin: int) -> xfrm.Policy:
     )
 
 
+def pinned_address(policy: xfrm.Policy) -> IpAddress | None:
+    """Return whom the policy sends to under the SPI that it is pinned to; None for one that is not pinned."""
+    if policy.direction is not xfrm.Direction.OUT or not policy.templates:
+        return None
+    return policy.selector.destination.network_address
+
+
+def pinned(policy: xfrm.Policy, spi: int) -> xfrm.Policy:
+    """Return the policy pinned to an SPI: what matches it leaves under the SA of that SPI, or not at all."""
+    return replace(policy, templates=tuple(replace(template, spi=spi) for template in policy.templates))
+
+
 def overrides(
-    foreign: Iterable[xfrm.Policy], wanted: Mapping[PolicyKey, xfrm.Policy], occupied: AbstractSet[PolicyKey]
+    foreign: Iterable[xfrm.Policy],
+    wanted: Mapping[xfrm.PolicyIdentity, xfrm.Policy],
+    occupied: AbstractSet[xfrm.PolicyIdentity],
 ) -> tuple[str, ...]:
     """Name foreign policies that defeat srd's: they come before one that protects, or stand in the place of one.
 
@@ -96,7 +105,7 @@ def overrides(
         sorted(
             str(other)
             for other in foreign
-            if policy_key(other) in occupied
+            if other.identity in occupied
             or any(
                 other.direction is mine.direction
                 and other.priority <= mine.priority

@@ -57,6 +57,7 @@ from srd.ipsec.xfrm_types import (
     PolicyDeleted,
     PolicyExpired,
     PolicyFlushed,
+    PolicyIdentity,
     PolicyInfo,
     Sa,
     SaChanged,
@@ -92,6 +93,7 @@ __all__ = [
     "PolicyDeleted",
     "PolicyExpired",
     "PolicyFlushed",
+    "PolicyIdentity",
     "PolicyInfo",
     "PolicyTable",
     "Sa",
@@ -203,9 +205,9 @@ class XfrmSocket:
                 await self._request(Message.NEWPOLICY, _ACKED, bodies, "add", f"{len(batch)} policies")
             except XfrmError:
                 # Which one it was is not in the answer. One by one it is, without those that are there by now.
-                there = {_identity(info.policy) for info in await self.policies()}
+                there = {info.policy.identity for info in await self.policies()}
                 for policy in batch:
-                    if _identity(policy) not in there:
+                    if policy.identity not in there:
                         await self.add_policy(policy)
 
     async def update_policy(self, policy: Policy) -> None:
@@ -430,11 +432,6 @@ async def probe_esp(socket_: XfrmSocket, names: Iterable[str]) -> tuple[str, ...
             continue
         usable.append(name)
     return tuple(usable)
-
-
-def _identity(policy: Policy) -> tuple[Selector, Direction, Mark | None]:
-    """Return what makes two policies one to the kernel."""
-    return policy.selector, policy.direction, policy.mark
 
 
 def _sa_name(destination: IpAddress, spi: int) -> str:

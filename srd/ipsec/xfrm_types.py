@@ -111,6 +111,9 @@ class Template:
     optional: bool = False
 
 
+PolicyIdentity = tuple[Selector, Direction, Mark | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """One entry of the SPD. The kernel's identity is (selector, direction, mark); the lowest `priority` wins.
@@ -126,6 +129,11 @@ class Policy:
     index: int = 0
     templates: tuple[Template, ...] = ()
     mark: Mark | None = None
+
+    @property
+    def identity(self) -> PolicyIdentity:
+        """What makes two policies one to the kernel; the priority is no part of it."""
+        return self.selector, self.direction, self.mark
 
     def __str__(self) -> str:
         index = f" index {self.index}" if self.index else ""

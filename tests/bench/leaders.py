@@ -16,8 +16,8 @@ import msgspec
 import structlog
 
 from srd.config import parse_config
+from srd.ipsec.exchange import Unprotected
 from srd.ipsec.keying import Keying
-from srd.ipsec.mesh import Unprotected
 from srd.model import Credentials, Identity, NodeKind, Role, Secret, Suite
 from srd.reconcile import boottime
 from srd.state import PeerReport, Store

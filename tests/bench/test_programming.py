@@ -14,7 +14,7 @@ from srd.config import Config, parse_config
 from srd.desired import rules
 from srd.ipsec import xfrm
 from srd.ipsec.mesh import Mesh
-from srd.ipsec.policies import INDEX_BASE, UNKEYED_SPI, compile_policy
+from srd.ipsec.policies import INDEX_BASE, compile_policy
 from srd.state import Store
 
 PEERS = 1000
@@ -33,7 +33,7 @@ def batch(config: Config) -> Iterator[str]:
     """The same policies, as `ip -batch` takes them."""
     node = config.nodes[0]
     for number, (flow, rule) in enumerate(sorted(rules(config, node).items(), key=lambda item: item[1].rank)):
-        policy = compile_policy(flow, rule, UNKEYED_SPI)
+        policy = compile_policy(flow, rule)
         selector = policy.selector
         line = f"xfrm policy add src {selector.source} dst {selector.destination}"
         if selector.protocol:

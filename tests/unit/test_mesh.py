@@ -305,7 +305,7 @@ async def test_teardown_removes_what_is_srds_and_nothing_else_and_outsiders_reac
     world.kernel._changed = look
     expiring = list(world.kernel._sas)[-1]
     removed = await teardown(Expiring(world.kernel, expiring))
-    assert (len(removed.sas), len(removed.policies)) == (8, len(world.mesh._rules))
+    assert (len(removed.sas), len(removed.policies)) == (8, len(world.mesh._unkeyed))
     assert protected_ports(removed) == {6379, 26379}
     assert [info.policy for info in await world.kernel.policies()] == [STRANGER]
     assert [sa.spi for sa in await world.kernel.sas()] == [STRANGERS_SA.spi]
