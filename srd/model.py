@@ -23,6 +23,11 @@ EXIT_NO_PERMISSION: Final = 77
 EXIT_CONFIG: Final = 78
 
 
+# Where a system's programs are, whatever PATH srd itself was started with; and all that a child of srd finds set.
+SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PLAIN_ENVIRONMENT: Final = {"PATH": SYSTEM_PATH, "LC_ALL": "C.UTF-8"}
+
+
 class SrdError(Exception):
     """What went wrong, on which object, and what to do about it, as one sentence for the user.
 

@@ -61,5 +61,6 @@ async def _teardown(paths: Paths) -> str:
                 )
         removed = await teardown.teardown(kernel)
     # The second net last: it drops what the policies no longer cover.
-    await backstop.removed(await backstop.usable_keepers())
+    for keeper in await backstop.usable_keepers():
+        await keeper.remove()
     return f"removed {len(removed.policies)} policies and {len(removed.sas)} SAs"

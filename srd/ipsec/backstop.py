@@ -23,13 +23,12 @@ import structlog
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
 from srd.desired import NEIGHBOUR_DISCOVERY_TYPES, leg_addresses
 from srd.ipsec.policies import KEYING_MARK
-from srd.model import IpAddress, IpsecMode, SrdError
+from srd.model import PLAIN_ENVIRONMENT, SYSTEM_PATH, IpAddress, IpsecMode, SrdError
 from srd.state import Backstop, Store
 
 log = structlog.get_logger(__name__)
 
 PROGRAM_SECONDS: Final = 30.0
-_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _CLIENTS: Final = (KEYING_CLIENT_PORTS.start, KEYING_CLIENT_PORTS.stop - 1)
 
 
@@ -186,7 +185,7 @@ class Keeper(Protocol):
         """Put the rules for `scope` in their place."""
 
     async def remove(self) -> None:
-        """Take all that is srd's away."""
+        """Take all that is srd's away, if there is anything."""
 
 
 class Nftables:
@@ -239,13 +238,14 @@ class Iptables:
     async def replace(self, scope: Scope) -> None:
         """Fill the chains anew, one family after the other, and lead to them first of all."""
         for family in self._programs:
-            await self._restore(family, iptables_script(scope, family, await self._jumps(family)))
+            jumps = _jumps_in(await self._lines(family))
+            await self._restore(family, iptables_script(scope, family, jumps))
 
     async def remove(self) -> None:
         """Delete jumps and chains."""
         for family in self._programs:
-            if await self._lines(family):
-                await self._restore(family, iptables_removal(await self._jumps(family)))
+            if lines := await self._lines(family):
+                await self._restore(family, iptables_removal(_jumps_in(lines)))
 
     async def _restore(self, family: int, text: str) -> None:
         (await _run(f"{self._programs[family]}{self._suffix}-restore", "--noflush", text=text)).check()
@@ -260,10 +260,11 @@ class Iptables:
         own = [line for line in lines if "SRD-OUT" in line or "SRD-IN" in line]
         return [*(f"first: {line}" for line in first), *own] if own else []
 
-    async def _jumps(self, family: int) -> list[str]:
-        """Return the built-in chains that lead to srd's, as often as they do."""
-        leads = {f"-A {builtin} -j {guard}": builtin for guard, _, builtin in CHAINS.values()}
-        return [leads[line] for line in await self._lines(family) if line in leads]
+
+def _jumps_in(lines: Iterable[str]) -> list[str]:
+    """Return the built-in chains that lead to srd's, as often as they do."""
+    leads = {f"-A {builtin} -j {guard}": builtin for guard, _, builtin in CHAINS.values()}
+    return [leads[line] for line in lines if line in leads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +284,7 @@ class _Ended:
 
 
 async def _run(program: str, *arguments: str, text: str = "") -> _Ended:
-    path = shutil.which(program, path=_SYSTEM_PATH)
+    path = shutil.which(program, path=SYSTEM_PATH)
     if path is None:
         return _Ended(program, 127, "", "there is no such program")
     process = await asyncio.create_subprocess_exec(
@@ -292,7 +293,7 @@ async def _run(program: str, *arguments: str, text: str = "") -> _Ended:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={"PATH": _SYSTEM_PATH, "LC_ALL": "C.UTF-8"},
+        env=PLAIN_ENVIRONMENT,
     )
     try:
         async with asyncio.timeout(PROGRAM_SECONDS):
@@ -353,12 +354,6 @@ class SecondNet:
             log.warning("second net mended", keeper=keeper.name)
         await keeper.replace(scope)
         if put is None:
-            await removed(others)  # what an earlier srd kept in another way
+            for other in others:
+                await other.remove()  # what an earlier srd kept in another way
         self._put = (scope, await keeper.observe())
-
-
-async def removed(keepers: Iterable[Keeper]) -> None:
-    """Take away what is srd's of each."""
-    for keeper in keepers:
-        if await keeper.observe():
-            await keeper.remove()

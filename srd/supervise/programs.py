@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Final
 
 from srd.config import Config, Node
-from srd.model import ConfigError, Endpoint, Paths, PermissionRefusedError, Service, SrdError
+from srd.model import SYSTEM_PATH, ConfigError, Endpoint, Paths, PermissionRefusedError, Service, SrdError
 from srd.state import services_of
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
 from srd.supervise.files import Owner, find_owner
 
-_SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _OTHER_NAMES: Final = {
     # One binary that goes by its argv[0]; Debian's redis-tools has it, under this name only.
     "redis-server": "redis-check-rdb",
@@ -57,7 +56,7 @@ def find_program(config: Config, service: Service) -> Program:
 def _which(name: str) -> str | None:
     # An empty or relative entry of PATH would be whatever directory srd was started in.
     given = [entry for entry in os.environ.get("PATH", "").split(os.pathsep) if entry.startswith("/")]
-    return shutil.which(name, path=os.pathsep.join((*given, _SYSTEM_PATH)))
+    return shutil.which(name, path=os.pathsep.join((*given, SYSTEM_PATH)))
 
 
 def owner_of(config: Config, service: Service) -> Owner:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from srd.model import SrdError
+from srd.model import PLAIN_ENVIRONMENT, SrdError
 from srd.supervise.files import Owner, open_log
 
 # linux/prctl.h, linux/capability.h
@@ -26,8 +26,6 @@ _PR_CAP_AMBIENT: Final = 47
 _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _LAST_CAPABILITY_FILE: Final = Path("/proc/sys/kernel/cap_last_cap")
-
-_ENVIRONMENT: Final = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -85,7 +83,7 @@ def _start(command: Command, log: int) -> Started:
         stdout=log,
         stderr=log,
         cwd=command.directory,
-        env=_ENVIRONMENT,
+        env=PLAIN_ENVIRONMENT,
         start_new_session=True,
         user=owner.uid if owner.switch else None,
         group=owner.gid if owner.switch else None,

@@ -20,7 +20,6 @@ from srd.ipsec.backstop import (
     Nftables,
     Scope,
     SecondNet,
-    removed,
     scope_of,
     usable_keepers,
 )
@@ -280,7 +279,8 @@ async def test_another_way_of_keeping_the_rules_takes_the_former_ones_away() -> 
     keepers = await usable_keepers()
     assert [bool(await keeper.observe()) for keeper in keepers] == [True, False, False]
     assert not leaves(THERE, protocol="udp")
-    await removed(keepers)
+    for keeper in keepers:
+        await keeper.remove()
     assert leaves(THERE, protocol="udp")
 
 
