@@ -93,7 +93,6 @@ class Keying:
         self._channels: dict[str, Channel] = {}
         self._reports: dict[str, PeerReport] = {}
         # Accepted, and not yet served: a task that is cancelled before it begins cannot close what it was given.
-        self._over = False
         self._arrived: set[socket.socket] = set()
         self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
         self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
@@ -140,6 +139,9 @@ class Keying:
             if (serial := self._serials.of(name)) is None or serial in self._config.revoked
         )
 
+    def _trusted(self, identity: Identity) -> bool:
+        return identity.serial not in self._config.revoked
+
     def _add(self, peers: Iterable[Node]) -> None:
         for peer in peers:
             peering = Peering(
@@ -147,7 +149,7 @@ class Keying:
                 make=self._exchange.make,
                 beat=self._beat,
                 wants_keys=self._wants_keys,
-                trusted=lambda identity: identity.serial not in self._config.revoked,
+                trusted=self._trusted,
                 keyed=self._serials.note,
                 changed=self._changed,
                 heard=self._heard,
@@ -183,16 +185,15 @@ class Keying:
         """Serve and connect until cancelled."""
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
-            for listener in listeners:
-                loop.add_reader(listener, self._accept, listener, group)
+            self._group = group
             try:
-                self._group = group
+                for listener in listeners:
+                    loop.add_reader(listener, self._accept, listener, group)
                 for peering in self._peerings.values():
                     self._start(group, peering)
                 await asyncio.Event().wait()
             finally:
                 self._group = None
-                self._over = True
                 for listener in listeners:
                     loop.remove_reader(listener)
                 for peering in self._peerings.values():
@@ -257,7 +258,7 @@ class Keying:
         loop.remove_reader(listener)
 
         def look_again() -> None:
-            if listener.fileno() >= 0 and not self._over:
+            if self._group is not None:
                 loop.add_reader(listener, self._accept, listener, group)
 
         loop.call_later(ACCEPT_PAUSE_SECONDS, look_again)
@@ -284,7 +285,7 @@ class Keying:
         if identity.cluster != self._config.cluster or peering is None:
             raise KeyingError("admit", f"{identity.cluster}/{identity.node}", "it is not a node of this cluster.toml")
         peer = peering.peer
-        if identity.serial in self._config.revoked:
+        if not self._trusted(identity):
             error = KeyingError("admit", peer.name, f"its certificate {identity.serial:x} is revoked")
             peering.turned_away(error)
             raise error

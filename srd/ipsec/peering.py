@@ -171,15 +171,14 @@ class Peering:
             raise KeyingError("make keys with", self.peer.name, "its certificate is revoked")
         waiting, self._waiting = self._waiting, []
         self._due.clear()
-        self._making = channel
+        self._making, generation = channel, None
         try:
             generation = await self._make(self.peer, channel)
-        except BaseException:
-            self._due.set()
-            self._waiting = [*waiting, *self._waiting]
-            raise
         finally:
             self._making = None
+            if generation is None:
+                self._due.set()
+                self._waiting = [*waiting, *self._waiting]
         self._established(channel, generation)
         for renewed in waiting:
             renewed.set()
