@@ -7,9 +7,11 @@ Pure but for `load_config`, which reads the one file that it is given.
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 import tomllib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -230,12 +232,30 @@ _OWNED_DIRECTIVES: Final = frozenset({
 
 def load_config(path: Path) -> Config:
     """Read and check a cluster.toml; `ConfigError` says what is wrong and on which line."""
+    return parse_config(read_text(path, "srd init writes one"), str(path))
+
+
+def read_text(path: Path, remedy: str = "") -> str:
+    """Read a file of UTF-8 text; `ConfigError` says why that cannot be, and the remedy."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not UTF-8 text"
-        raise ConfigError("read", str(path), reason, "srd init writes one") from error
-    return parse_config(text, str(path))
+        raise ConfigError("read", str(path), reason, remedy) from error
+
+
+def node_entry(name: str, addresses: Sequence[str], kind: NodeKind = NodeKind.REDIS) -> str:
+    """Return a node's entry as text, whatever the values are: `parse_config` judges them.
+
+    A JSON string is a TOML basic string but for surrogate pairs, which TOML does not have.
+    """
+    values = {"name": name, "addresses": list(addresses)} | ({} if kind is NodeKind.REDIS else {"kind": str(kind)})
+    return "\n[[node]]\n" + "".join(f"{key} = {quoted(value)}\n" for key, value in values.items())
+
+
+def quoted(value: str | Sequence[str]) -> str:
+    """Return a value as TOML has it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def parse_config(text: str, origin: str) -> Config:

@@ -21,7 +21,7 @@ class Verb(NamedTuple):
 
 VERBS: Final[dict[str, Verb]] = {
     "init": Verb("srd.cli.setup:init_command", "Make a cluster: its authority, cluster.toml and one bundle per node."),
-    "node": Verb("srd.cli.setup:node_command", "Add a node to the cluster, or renew its certificates."),
+    "node": Verb("srd.cli.setup:node_command", "Add, remove or renew a node, or revoke its certificate."),
     "check": Verb("srd.cli.setup:check_command", "Say whether this node could run, and change nothing."),
     "run": Verb("srd.cli.run:run_command", "Run this node until SIGTERM: the daemon."),
     "status": Verb("srd.cli.show:status_command", "Show this node on one screen; the exit status is its health."),

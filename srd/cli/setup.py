@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import json
 from pathlib import Path
 
 import click
 
-from srd.config import Config
-from srd.model import EXIT_CONFIG, ConfigError, NodeKind, Paths
+from srd.config import Config, node_entry, quoted, read_text
+from srd.model import EXIT_CONFIG, NodeKind, Paths
 
 
 @click.command("init")
@@ -28,8 +27,10 @@ def init_command(cluster: str | None, nodes: tuple[str, ...], file: Path | None,
     if (file is None) == (cluster is None) or (file is not None and nodes):
         msg = "give a cluster's name and its nodes, or --file"
         raise click.UsageError(msg)
-    text = _cluster_toml(cluster, nodes) if cluster is not None else _read(file)
-    origin = str(file) if file is not None else "the cluster.toml of these arguments"
+    if file is not None:
+        text, origin = read_text(file), str(file)
+    else:
+        text, origin = _cluster_toml(cluster or "", nodes), "the cluster.toml of these arguments"
     config = write_bundles(text, output, dt.datetime.now(dt.UTC), origin=origin)
     click.echo(f"{output}/ca.key is the authority's key: keep it off the nodes, and safe.")
     for node in config.nodes:
@@ -38,30 +39,19 @@ def init_command(cluster: str | None, nodes: tuple[str, ...], file: Path | None,
 
 
 def _cluster_toml(cluster: str, nodes: tuple[str, ...]) -> str:
-    # A JSON string is a TOML basic string: whatever was typed reaches the checks of config.py as it is.
-    parts = [f"cluster = {_quoted(cluster)}\n"]
-    for text in nodes:
-        name, equals, addresses = text.partition("=")
-        if not equals:
-            msg = f"--node {text}: it is not NAME=ADDRESS"
-            raise click.UsageError(msg)
-        parts.append(f"\n[[node]]\nname = {_quoted(name)}\naddresses = {_quoted(addresses.split(','))}\n")
     if not nodes:
         msg = "no --node given"
         raise click.UsageError(msg)
-    return "".join(parts)
+    return f"cluster = {quoted(cluster)}\n" + "".join(node_entry(*_node(text, "--node ")) for text in nodes)
 
 
-def _quoted(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)  # TOML has no surrogate pairs
-
-
-def _read(file: Path | None) -> str:
-    try:
-        return file.read_text(encoding="utf-8") if file is not None else ""
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError("read", str(file), str(reason)) from error
+def _node(text: str, option: str = "") -> tuple[str, list[str]]:
+    """Take NAME=ADDRESS[,ADDRESS] apart."""
+    name, equals, addresses = text.partition("=")
+    if not equals:
+        msg = f"{option}{text}: it is not NAME=ADDRESS"
+        raise click.UsageError(msg)
+    return name, addresses.split(",")
 
 
 @click.group("node")
@@ -83,11 +73,8 @@ def add_command(directory: Path, node: str, kind: str) -> None:
     """
     from srd.trust.issuing import add_node  # noqa: PLC0415 - as above
 
-    name, equals, addresses = node.partition("=")
-    if not equals:
-        msg = f"{node}: it is not NAME=ADDRESS"
-        raise click.UsageError(msg)
-    config, made = add_node(directory, name, addresses.split(","), NodeKind(kind), dt.datetime.now(dt.UTC))
+    name, addresses = _node(node)
+    config, made = add_node(directory, name, addresses, NodeKind(kind), dt.datetime.now(dt.UTC))
     click.echo(f"{directory}/{made.name}/ is the bundle of {made.name} ({made.address}): copy it there as /etc/srd")
     _say_where(directory, config)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import re
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from srd.config import Config, Node, parse_config
+from srd.config import Config, Node, node_entry, parse_config
 from srd.model import ConfigError, Identity, NodeKind, Secret
 from srd.trust.authority import Issued, issue_node, issue_tls
 from srd.trust.bundle import CLIENT_DIRECTORY, PUBLIC, write_file, write_issued
@@ -29,10 +28,7 @@ def add_node(
     directory: Path, name: str, addresses: Sequence[str], kind: NodeKind, now: datetime.datetime
 ) -> tuple[Config, Node]:
     """Put one more node into cluster.toml and make its bundle; the other bundles get the new cluster.toml."""
-    text = _read(directory / "cluster.toml") + (
-        f"\n[[node]]\nname = {json.dumps(name)}\naddresses = {json.dumps(list(addresses))}\n"
-        + (f'kind = "{kind}"\n' if kind is not NodeKind.REDIS else "")
-    )
+    text = _read(directory / "cluster.toml") + node_entry(name, addresses, kind)
     config = parse_config(text, f"{directory / 'cluster.toml'} with {name}")
     if name == CLIENT_DIRECTORY or (directory / name).exists():
         raise ConfigError(_OPERATION, name, f"{directory / name} is taken", "choose another name")
