@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -138,16 +139,25 @@ def test_a_wrong_bundle(
     refused(bundle, 78, *words)
 
 
+@contextlib.contextmanager
+def clock_at(text: str) -> Iterator[None]:
+    """Set the lab's clock, as `date -d` understands it, and back as it was."""
+    moved, now = (
+        subprocess.run(["date", "-d", when, "+%s"], check=True, capture_output=True, text=True).stdout.strip()
+        for when in (text, "now")
+    )
+    subprocess.run(["date", "-s", f"@{moved}"], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["date", "-s", f"@{now}"], check=True, capture_output=True)
+
+
 @pytest.mark.before_the_cluster
 @pytest.mark.parametrize(("clock", "words"), [("+3 years", ("expired on",)), ("-2 days", ("valid only from", "clock"))])
 def test_a_certificate_out_of_its_time(bundle: Path, clock: str, words: tuple[str, ...]) -> None:
-    moved = subprocess.run(["date", "-d", clock, "+%s"], check=True, capture_output=True, text=True).stdout.strip()
-    now = subprocess.run(["date", "+%s"], check=True, capture_output=True, text=True).stdout.strip()
-    subprocess.run(["date", "-s", f"@{moved}"], check=True, capture_output=True)
-    try:
+    with clock_at(clock):
         refused(bundle, 78, "node.crt", *words)
-    finally:
-        subprocess.run(["date", "-s", f"@{now}"], check=True, capture_output=True)
 
 
 @pytest.mark.before_the_cluster
@@ -182,20 +192,17 @@ def test_a_node_can_be_closed_before_srd_runs_whatever_is_wrong_with_its_bundle(
     if spoil == "wrong file":
         shutil.copy(bundle / "cluster.toml", last)
         (bundle / "cluster.toml").write_text("cluster = ")
-    now = subprocess.run(["date", "+%s"], check=True, capture_output=True, text=True).stdout.strip()
-    if spoil == "expired":
-        subprocess.run(["date", "-s", "+4 years"], check=True, capture_output=True)
     try:
-        done = run(bundle, "close")
-        assert done.returncode == 0, done.stderr
-        assert "redis-1 is closed to plaintext with 2 peers (second net: iptables-legacy)" in done.stdout
-        ping = ["on", STATION, "ping", "-c", "1", "-W", "1", "192.168.205.11"]
-        assert subprocess.run(ping, check=False, capture_output=True).returncode != 0
+        with clock_at("+4 years" if spoil == "expired" else "now"):
+            done = run(bundle, "close")
+            assert done.returncode == 0, done.stderr
+            assert "redis-1 is closed to plaintext with 2 peers (second net: iptables-legacy)" in done.stdout
+            ping = ["on", STATION, "ping", "-c", "1", "-W", "1", "192.168.205.11"]
+            assert subprocess.run(ping, check=False, capture_output=True).returncode != 0
     finally:
-        subprocess.run(["date", "-s", f"@{now}"], check=True, capture_output=True)
         last.unlink(missing_ok=True)
         assert run(bundle, "teardown", after=("--yes",)).returncode == 0
-    assert world() == ("", world()[1])
+    assert world()[0] == ""
     rules = subprocess.run(["on", STATION, "iptables-legacy-save"], check=True, capture_output=True, text=True).stdout
     assert "SRD" not in rules
 

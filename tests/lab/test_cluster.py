@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,8 @@ import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -243,6 +246,29 @@ def test_keys_that_are_deleted_come_back_within_seconds_and_nothing_leaves_witho
             assert link["channel"]["last_error"] is None, link
 
 
+@dataclass
+class Flow:
+    """What became of a flow of pings, once it has ended."""
+
+    sent: int = 0
+    lost: int = 0
+
+
+@contextlib.contextmanager
+def pinging(node: str, peer: str, interval: str) -> Iterator[Flow]:
+    """Have a node ping another meanwhile, every so many seconds."""
+    flow = Flow()
+    command = ["on", node, "ping", "-q", "-i", interval, peer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield flow
+        finally:
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=60)
+    flow.sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
+    flow.lost = flow.sent - received
+
+
 def edited(lab: Lab, nodes: tuple[str, ...], text: str) -> None:
     """Give nodes another cluster.toml and have them take it in."""
     for node in nodes:
@@ -257,20 +283,15 @@ def test_a_node_leaves_and_comes_back_while_the_others_lose_nothing(lab: Lab) ->
     whole = Path(f"/var/lab/{leaving}/etc/srd/cluster.toml").read_text()
     entry = re.search(rf'\n\[\[node\]\]\nname = "{leaving}"\n.*\n', whole)
     assert entry is not None
-    with subprocess.Popen(
-        ["on", staying[0], "ping", "-q", "-i", "0.02", staying[1]], stdout=subprocess.PIPE, text=True
-    ) as pinging:
+    with pinging(staying[0], staying[1], "0.02") as flow:
         edited(lab, staying, whole.replace(entry[0], "\n"))
         for node in staying:
             assert {link["peer"] for link in lab.srd(node, "links")["links"]} == {*staying} - {node}
             assert not reaches(lab, node, leaving, 6379)
         edited(lab, staying, whole)
         lab.wait_whole()
-        pinging.send_signal(signal.SIGINT)
-        said, _ = pinging.communicate(timeout=60)
-    sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
-    print(f"\na node left and came back, {sent} packets between the others, {sent - received} lost")  # noqa: T201
-    assert received == sent
+    print(f"\na node left and came back, {flow.sent} packets between the others, {flow.lost} lost")  # noqa: T201
+    assert flow.lost == 0
 
 
 def test_renewed_certificates_are_taken_in_and_the_cluster_is_whole_with_them(lab: Lab) -> None:
@@ -311,14 +332,11 @@ def test_a_hundred_rekeys_under_a_flow_lose_no_packet(lab: Lab) -> None:
     lab.wait_whole()
     node, peer = lab.nodes[0], lab.nodes[1]
     before = {name: xfrm_errors(lab, name) for name in (node, peer)}
-    with subprocess.Popen(["on", node, "ping", "-q", "-i", "0.01", peer], stdout=subprocess.PIPE, text=True) as pinging:
+    with pinging(node, peer, "0.01") as flow:
         for _ in range(100):
             assert "is in use" in lab.on(node, "srd", "rekey", peer, "--wait").stdout
-        pinging.send_signal(signal.SIGINT)
-        said, _ = pinging.communicate(timeout=60)
-    sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
-    print(f"\n100 rekeys, {sent} packets, {sent - received} lost")  # noqa: T201 - figures for people
-    assert received == sent
+    print(f"\n100 rekeys, {flow.sent} packets, {flow.lost} lost")  # noqa: T201 - figures for people
+    assert flow.lost == 0
     assert {name: xfrm_errors(lab, name) for name in (node, peer)} == before
 
 
@@ -331,15 +349,11 @@ def test_flushed_policies_let_nothing_out_and_are_back(lab: Lab) -> None:
 
     policies = count()
     mended = lab.srd(node, "links")["kernel"]["drift_mended"]
-    command = ["on", node, "ping", "-q", "-i", "0.05", "-c", "200", peer]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as pinging:
+    with pinging(node, peer, "0.05"):
         for _ in range(5):
             lab.on(node, "ip", "xfrm", "policy", "flush")
-            waited = lab.wait(
-                lambda: xfrm(lab, node, "policy").count(" priority ") == policies, "the policies are back"
-            )
+            waited = lab.wait(lambda: count() == policies, "the policies are back")
             print(f"\npolicies were back within {waited:.1f} s")  # noqa: T201 - a figure for people
-        pinging.terminate()
     assert lab.srd(node, "links")["kernel"]["drift_mended"] >= mended + 5 * policies
     lab.wait_whole()
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from ipaddress import ip_address
 
 import pytest
+from support.clusters import dual_stack_toml
 from support.namespace import in_namespace
 
 from srd.config import parse_config
@@ -28,15 +29,7 @@ from srd.state import Store
 
 HERE, THERE, OUTSIDER = "192.0.2.1", "192.0.2.2", "192.0.2.99"
 HERE6, THERE6 = "2001:db8::1", "2001:db8::2"
-TEXT = f"""
-cluster = "orders"
-[[node]]
-name = "redis-1"
-addresses = ["{HERE}", "{HERE6}"]
-[[node]]
-name = "redis-2"
-addresses = ["{THERE}", "{THERE6}"]
-"""
+TEXT = dual_stack_toml(2)
 CONFIG = parse_config(TEXT, "cluster.toml")
 OFF = parse_config(TEXT + '[ipsec]\nmode = "off"\n', "cluster.toml")
 SCOPE = scope_of(CONFIG, CONFIG.node("redis-1"))

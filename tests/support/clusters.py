@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from pathlib import Path
 
+from srd.config import node_entry
 from srd.model import Paths
 from srd.trust.bundle import Bundle, load_bundle, write_bundles
 
@@ -19,6 +20,13 @@ def cluster_toml(*, name: str = "lab", nodes: int = 3, extra: str = "", mode: st
     ]
     parts.append(f'[ipsec]\nmode = "{mode}"\n')
     return "\n".join(parts) + extra
+
+
+def dual_stack_toml(nodes: int) -> str:
+    """Return a cluster of nodes redis-1.. that are nowhere: 192.0.2.1.. and 2001:db8::1.., for documentation only."""
+    return 'cluster = "orders"\n' + "".join(
+        node_entry(f"redis-{number}", [f"192.0.2.{number}", f"2001:db8::{number}"]) for number in range(1, nodes + 1)
+    )
 
 
 def paths_of(root: Path, node: str) -> Paths:

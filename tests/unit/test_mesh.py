@@ -9,6 +9,7 @@ from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
+from support.clusters import dual_stack_toml
 from support.kernel import FakeKernel, Fate, Packet
 
 from srd.config import Config, parse_config
@@ -20,18 +21,7 @@ from srd.ipsec.xfrm import Action, Aead, Direction, Policy, Sa, SaInfo, Selector
 from srd.model import IpAddress, Suite
 from srd.state import Store
 
-TEXT = """
-cluster = "orders"
-[[node]]
-name = "redis-1"
-addresses = ["192.0.2.1", "2001:db8::1"]
-[[node]]
-name = "redis-2"
-addresses = ["192.0.2.2", "2001:db8::2"]
-[[node]]
-name = "redis-3"
-addresses = ["192.0.2.3", "2001:db8::3"]
-"""
+TEXT = dual_stack_toml(3)
 CONFIG = parse_config(TEXT, "cluster.toml")
 PEERS = ("redis-2", "redis-3")
 TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
@@ -372,8 +362,8 @@ async def test_keys_that_have_carried_enough_are_worn_until_they_are_replaced(wo
     assert not world.store.view().links["redis-2"].worn
 
 
-FOUR = parse_config(TEXT + '[[node]]\nname = "redis-4"\naddresses = ["192.0.2.4", "2001:db8::4"]\n', "cluster.toml")
-TWO_ONLY = parse_config(TEXT.partition('[[node]]\nname = "redis-3"')[0], "cluster.toml")
+FOUR = parse_config(dual_stack_toml(4), "cluster.toml")
+TWO_ONLY = parse_config(dual_stack_toml(2), "cluster.toml")
 
 
 async def test_a_new_peer_is_closed_from_the_start_and_no_other_link_changes(world: World) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
 import pytest
+from support.clusters import dual_stack_toml
 from support.kernel import FakeKernel
 
 from srd.config import Node, parse_config
@@ -48,15 +49,7 @@ from srd.ipsec.xfrm import Direction, XfrmError
 from srd.model import NodeKind, SrdError, Suite
 from srd.state import Store
 
-TEXT = """
-cluster = "orders"
-[[node]]
-name = "redis-1"
-addresses = ["192.0.2.1", "2001:db8::1"]
-[[node]]
-name = "redis-2"
-addresses = ["192.0.2.2", "2001:db8::2"]
-"""
+TEXT = dual_stack_toml(2)
 CONFIG = parse_config(TEXT, "cluster.toml")
 ONE, TWO = CONFIG.nodes
 GRADES = {Suite.AES_256_GCM: 1, Suite.CHACHA20_POLY1305: 2}
