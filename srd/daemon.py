@@ -24,9 +24,8 @@ import structlog
 
 from srd import closing
 from srd.control.server import ControlServer
-from srd.desired import Start, needs_restart
-from srd.ha import restart
-from srd.ha.observe import Observer
+from srd.desired import needs_restart
+from srd.duties import Duties
 from srd.ipsec import xfrm
 from srd.ipsec.backstop import SecondNet
 from srd.ipsec.exchange import Installer, Unprotected
@@ -35,14 +34,11 @@ from srd.ipsec.mesh import Mesh, watch
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
-from srd.model import ConfigError, IpsecMode, Paths, Service, SrdError
+from srd.model import ConfigError, IpsecMode, Paths, SrdError
 from srd.preflight import Cleared, clear
 from srd.reconcile import Loop, boottime, contained, until_first
 from srd.state import Situation, Store, conditions
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
-from srd.supervise.probe import probe_tls
-from srd.supervise.programs import listen_endpoints
-from srd.supervise.services import Services
 from srd.systemd import Notifier
 from srd.trust.authority import identify
 from srd.trust.bundle import load_bundle
@@ -57,8 +53,6 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 MESH_RESYNC_SECONDS: Final = 2.0
 # A look at netfilter's rules costs two to four processes.
 NET_RESYNC_SECONDS: Final = 30.0
-SERVICES_RESYNC_SECONDS: Final = 0.5
-# A start of all three children, on a machine where each takes seconds.
 PASS_SECONDS: Final = 60.0
 STATUS_SECONDS: Final = 2.0
 LONGEST_WAIT_SECONDS: Final = 86400.0
@@ -89,26 +83,16 @@ class Daemon:
         self._reloading = asyncio.Lock()
         self._mesh: Mesh | None = None
         self._net: SecondNet | None = None
-        self._death: restart.Death | None = None
         self._store = Store(boottime())
         self._write_certificates = self._store.writer("certificates")
         self._write_certificates(bundle.not_after)
-        self._observer = Observer(self._config, self._node, bundle.secrets, self._store, wake=(self._wake_services,))
-        self._services = Services(
+        self._duties = Duties(
             config=self._config,
             node=self._node,
             paths=paths,
             secrets=bundle.secrets,
             store=self._store,
-            start=self._start_of_redis,
-            probes=self._probes(),
             situation=self.situation,
-            joined=lambda: restart.has_joined(self._node, self._store.view()),
-            died=self._note_death,
-            wake=self._wake_services,
-        )
-        self._services_loop = Loop(
-            "services", self._services.reconcile, resync=SERVICES_RESYNC_SECONDS, timeout=PASS_SECONDS
         )
         self._mesh_loop: Loop | None = None
         self._net_loop: Loop | None = None
@@ -142,7 +126,7 @@ class Daemon:
             web = WebServer(self.situation, version=VERSION, loops=self._loops)
             await web.start()
             stack.push_async_callback(web.stop)
-            stack.callback(self._services.release)
+            stack.callback(self._duties.release)
             keying = self._keying(installer)
             await self._forget(keying.distrusted())
             listeners = keying.listen()
@@ -160,9 +144,7 @@ class Daemon:
             stack.push_async_callback(control.stop)
             bodies += [
                 partial(keying.run, listeners),
-                self._observer.run,
-                self._services.run,
-                self._services_loop.run,
+                *self._duties.bodies,
                 self._tell_the_manager,
                 self._until_stopped,
                 partial(self._reload_on_hangup, keying),
@@ -192,27 +174,6 @@ class Daemon:
             return False
         link = self._store.view().links.get(peer)
         return link is None or not link.keyed or link.worn
-
-    # --- what the wings need of one another
-
-    def _probes(self) -> dict[Service, Callable[[], Coroutine[Any, Any, None]]]:
-        """Return how each service is asked whether it does its job; only ha/ speaks to redis and sentinel."""
-        probes: dict[Service, Callable[[], Coroutine[Any, Any, None]]] = {}
-        redis = self._observer.redis
-        if redis is not None:
-            probes[Service.REDIS] = redis.ping
-        own = self._observer.sentinels.get(self._node.name)
-        if own is not None:
-            probes[Service.SENTINEL] = own.known
-        probes[Service.STUNNEL] = lambda: probe_tls(
-            listen_endpoints(self._config, self._node, Service.STUNNEL),
-            self._paths.config_dir / "tls.crt",
-            self._paths.config_dir / "ca.crt",
-        )
-        return probes
-
-    def _start_of_redis(self) -> Start:
-        return restart.start(self.situation(), self._death, holds_data=_holds_data(self._paths))
 
     async def _rekey(self, keying: Keying, asked: Mapping[str, str]) -> dict[str, Any]:
         """Answer `srd rekey`: the query names one `peer`, or none for all, and for how many seconds to `wait`."""
@@ -253,8 +214,7 @@ class Daemon:
             if self._net is not None and self._net_loop is not None:
                 self._net.adopt(new)
                 self._net_loop.wake()
-            self._observer.adopt(new)
-            await self._services.adopt(new)
+            await self._duties.adopt(new)
             await asyncio.to_thread(closing.remember, self._paths)
             before, after = ({node.name for node in config.nodes} for config in (old, new))
             done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": distrusted}
@@ -269,27 +229,19 @@ class Daemon:
                 await self._mesh.forget(peer)
         return sorted(distrusted)
 
-    def _note_death(self, service: Service) -> None:
-        """Remember that redis ended, and as what: a primary that died is not simply started again."""
-        if service is Service.REDIS:
-            self._death = self._observer.death()
-
     def _wake_mesh(self) -> None:
         if self._mesh_loop is not None:
             self._mesh_loop.wake()
 
-    def _wake_services(self) -> None:
-        self._services_loop.wake()
-
     def _loops(self) -> tuple[Loop, ...]:
         ipsec = [loop for loop in (self._mesh_loop, self._net_loop) if loop is not None]
-        return (self._observer.loop, self._services_loop, *ipsec)
+        return (*self._duties.loops, *ipsec)
 
     # --- the service manager and signals
 
     async def _tell_the_manager(self) -> None:
         """READY once the services have been looked at; they may wait for peers for long."""
-        await self._services_loop.ready()
+        await self._duties.ready()
         self._notifier.send("READY=1")
         log.info("ready", node=self._node.name, cluster=self._config.cluster, version=VERSION)
         while True:
@@ -300,9 +252,9 @@ class Daemon:
         await self._stop.wait()
         log.info("stopping")
         # TimeoutStopSec is for the default graces; redis.stop_grace may be longer.
-        extended = f"EXTEND_TIMEOUT_USEC={self._services.longest_stop * 1e6:.0f}"
+        extended = f"EXTEND_TIMEOUT_USEC={self._duties.longest_stop * 1e6:.0f}"
         self._notifier.send("STOPPING=1", extended, "STATUS=stopping stunnel, sentinel and redis")
-        await self._services.stop_all()
+        await self._duties.stop()
         log.info("stopped")
 
     @contextlib.contextmanager
@@ -326,12 +278,6 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
         raise SrdError("wait", text, f"it is not a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
     return seconds
-
-
-def _holds_data(paths: Paths) -> bool:
-    """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""
-    directory = paths.service_dir(Service.REDIS)
-    return (directory / "dump.rdb").exists() or any(directory.glob("appendonlydir/*"))
 
 
 def _status_line(situation: Situation) -> str:

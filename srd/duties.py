@@ -1,0 +1,117 @@
+"""What a node does besides protecting its links: its redis, sentinel and stunnel, and the watch over the cluster.
+
+Wires the wings of supervision and of high availability to one another. A client has none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from srd.config import Config, Node
+from srd.desired import Start
+from srd.ha import restart
+from srd.ha.observe import Observer
+from srd.model import Paths, Secrets, Service
+from srd.reconcile import Loop
+from srd.state import Situation, Store
+from srd.supervise.probe import probe_tls
+from srd.supervise.programs import listen_endpoints
+from srd.supervise.services import Services
+
+RESYNC_SECONDS: Final = 0.5
+# A start of all three children, on a machine where each takes seconds.
+PASS_SECONDS: Final = 60.0
+
+Probe = Callable[[], Coroutine[Any, Any, None]]
+
+
+class Duties:
+    """The services of a node and their observer; the daemon runs `bodies` side by side."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        node: Node,
+        paths: Paths,
+        secrets: Secrets,
+        store: Store,
+        situation: Callable[[], Situation],
+    ) -> None:
+        self._config, self._node, self._paths = config, node, paths
+        self._situation = situation
+        self._death: restart.Death | None = None
+        self._observer = Observer(config, node, secrets, store, wake=(self._wake,))
+        self._services = Services(
+            config=config,
+            node=node,
+            paths=paths,
+            secrets=secrets,
+            store=store,
+            start=self._start_of_redis,
+            probes=self._probes(),
+            situation=situation,
+            joined=lambda: restart.has_joined(node, store.view()),
+            died=self._note_death,
+            wake=self._wake,
+        )
+        self._loop = Loop("services", self._services.reconcile, resync=RESYNC_SECONDS, timeout=PASS_SECONDS)
+        self.bodies = (self._observer.run, self._services.run, self._loop.run)
+        self.loops = (self._observer.loop, self._loop)
+
+    async def ready(self) -> None:
+        """Return when the services have been looked at; they may wait for peers for long."""
+        await self._loop.ready()
+
+    async def adopt(self, config: Config) -> None:
+        """Take a changed file in; what follows from the number of nodes, the observer sets in redis and sentinel."""
+        self._config = config
+        self._observer.adopt(config)
+        await self._services.adopt(config)
+
+    async def stop(self) -> None:
+        """End the services in order."""
+        await self._services.stop_all()
+
+    @property
+    def longest_stop(self) -> float:
+        """How many seconds `stop` may take."""
+        return self._services.longest_stop
+
+    def release(self) -> None:
+        """Let go of the children without ending them."""
+        self._services.release()
+
+    def _wake(self) -> None:
+        self._loop.wake()
+
+    def _probes(self) -> dict[Service, Probe]:
+        """Return how each service is asked whether it does its job; only ha/ speaks to redis and sentinel."""
+        probes: dict[Service, Probe] = {}
+        redis = self._observer.redis
+        if redis is not None:
+            probes[Service.REDIS] = redis.ping
+        own = self._observer.sentinels.get(self._node.name)
+        if own is not None:
+            probes[Service.SENTINEL] = own.known
+        probes[Service.STUNNEL] = lambda: probe_tls(
+            listen_endpoints(self._config, self._node, Service.STUNNEL),
+            self._paths.config_dir / "tls.crt",
+            self._paths.config_dir / "ca.crt",
+        )
+        return probes
+
+    def _start_of_redis(self) -> Start:
+        return restart.start(self._situation(), self._death, holds_data=_holds_data(self._paths))
+
+    def _note_death(self, service: Service) -> None:
+        """Remember that redis ended, and as what: a primary that died is not simply started again."""
+        if service is Service.REDIS:
+            self._death = self._observer.death()
+
+
+def _holds_data(paths: Paths) -> bool:
+    """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""
+    directory = paths.service_dir(Service.REDIS)
+    return (directory / "dump.rdb").exists() or any(directory.glob("appendonlydir/*"))
