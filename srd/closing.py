@@ -6,6 +6,7 @@ neither addresses nor peers, and no valid certificate: an expired one keeps srd 
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +17,7 @@ from srd.ipsec import xfrm
 from srd.ipsec.backstop import SecondNet
 from srd.ipsec.mesh import Mesh
 from srd.model import IpsecMode, Paths, SrdError
+from srd.roster import Roster
 from srd.state import Store
 from srd.supervise.files import write_private
 from srd.trust.bundle import load_member
@@ -46,6 +48,7 @@ def last_good(paths: Paths) -> Path:
 async def close(paths: Paths) -> str:
     """Put policies and second net in place; return what was done, in one sentence."""
     config, node, note = _member(paths)
+    config = Roster(paths).extend(config, time.time())
     if config.ipsec.mode is IpsecMode.OFF:
         return "ipsec.mode is off: nothing is protected"
     store = Store(0.0)

@@ -12,7 +12,8 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -182,6 +183,23 @@ class Config:
     def peers_of(self, name: str) -> tuple[Node, ...]:
         """Return every other member of the mesh, in the order of the file."""
         return tuple(node for node in self.nodes if node.name != name)
+
+    def joined_by(self, client: Node) -> Config:
+        """Return the cluster with one more client than the file has; `ConfigError` when its certificate does not fit.
+
+        It must have the same IP families: what one of its other addresses sent would be in plaintext.
+        """
+        refused = partial(ConfigError, "let in", client.name)
+        if client.kind is not NodeKind.CLIENT:
+            raise refused(f"cluster.toml has no such node, and only a client may join without, not a {client.kind}")
+        if any(node.name == client.name for node in self.nodes):
+            raise refused("cluster.toml has a node of that name")
+        for address in client.addresses:
+            if (node := self.node_at(address)) is not None:
+                raise refused(f"{address} is node {node.name!r} already")
+        if sorted(a.version for a in client.addresses) != sorted(a.version for a in self.nodes[0].addresses):
+            raise refused(f"it does not have one address of each IP family that {self.nodes[0].name} has")
+        return replace(self, nodes=(*self.nodes, client))
 
     def node_at(self, address: IpAddress) -> Node | None:
         """Return the node that has this address."""

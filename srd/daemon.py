@@ -14,7 +14,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import Any, Final
 import structlog
 
 from srd import closing
+from srd.conditions import conditions
+from srd.config import Config
 from srd.control.server import ControlServer
 from srd.desired import needs_restart
 from srd.duties import Duties
@@ -34,10 +36,11 @@ from srd.ipsec.mesh import Mesh, watch
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
-from srd.model import ConfigError, IpsecMode, Paths, SrdError
+from srd.model import ConfigError, Identity, IpsecMode, Paths, SrdError
 from srd.preflight import Cleared, clear
 from srd.reconcile import Loop, boottime, contained, until_first
-from srd.state import Situation, Store, conditions
+from srd.roster import Roster
+from srd.state import Situation, Store
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
 from srd.systemd import Notifier
 from srd.trust.authority import identify
@@ -74,26 +77,31 @@ class Daemon:
 
     def __init__(self, cleared: Cleared, paths: Paths, notifier: Notifier) -> None:
         bundle = cleared.bundle
-        self._cleared = cleared
-        self._config, self._node = bundle.config, bundle.node
+        self._grades = cleared.grades
+        self._bundle, self._node = bundle, bundle.node
+        self._roster = Roster(paths)
+        # The file's cluster, and the clients that their certificates have brought in.
+        self._config = self._roster.extend(bundle.config, time.time())
         self._paths = paths
         self._notifier = notifier
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
-        self._reloading = asyncio.Lock()
+        self._changing = asyncio.Lock()  # held by whatever changes who is in the cluster
         self._mesh: Mesh | None = None
         self._net: SecondNet | None = None
         self._store = Store(boottime())
         self._write_certificates = self._store.writer("certificates")
         self._write_certificates(bundle.not_after)
-        self._duties = Duties(
-            config=self._config,
-            node=self._node,
-            paths=paths,
-            secrets=bundle.secrets,
-            store=self._store,
-            situation=self.situation,
-        )
+        self._duties: Duties | None = None
+        if bundle.secrets is not None:
+            self._duties = Duties(
+                config=self._config,
+                node=self._node,
+                paths=paths,
+                secrets=bundle.secrets,
+                store=self._store,
+                situation=self.situation,
+            )
         self._mesh_loop: Loop | None = None
         self._net_loop: Loop | None = None
 
@@ -126,8 +134,10 @@ class Daemon:
             web = WebServer(self.situation, version=VERSION, loops=self._loops)
             await web.start()
             stack.push_async_callback(web.stop)
-            stack.callback(self._duties.release)
-            keying = self._keying(installer)
+            if self._duties is not None:
+                stack.callback(self._duties.release)
+                bodies += self._duties.bodies
+            keying: Keying = self._make_keying(installer, lambda identity: self._join(keying, identity))
             await self._forget(keying.distrusted())
             listeners = keying.listen()
             stack.callback(_close, listeners)
@@ -144,7 +154,6 @@ class Daemon:
             stack.push_async_callback(control.stop)
             bodies += [
                 partial(keying.run, listeners),
-                *self._duties.bodies,
                 self._tell_the_manager,
                 self._until_stopped,
                 partial(self._reload_on_hangup, keying),
@@ -152,20 +161,21 @@ class Daemon:
             with self._signals():
                 await until_first(*bodies)
 
-    def _keying(self, installer: Installer) -> Keying:
+    def _make_keying(self, installer: Installer, join: Callable[[Identity], Awaitable[None]]) -> Keying:
         return Keying(
             config=self._config,
             node=self._node,
-            credentials=self._cleared.bundle.credentials,
+            credentials=self._bundle.credentials,
             identify=identify,
             boot_id=BOOT_ID.read_text(encoding="ascii").strip(),
-            grades=self._cleared.grades,
+            grades=self._grades,
             installer=installer,
             store=self._store,
             report=lambda: own_report(self.situation(), VERSION),
             wants_keys=self._wants_keys,
             mark=KEYING_MARK if self._config.ipsec.mode is IpsecMode.ESP else None,
             serials=SerialsFile(self._paths.run_dir / FILE_NAME),
+            join=join,
         )
 
     def _wants_keys(self, peer: str) -> bool:
@@ -190,37 +200,57 @@ class Daemon:
             await contained("reload", partial(self._reload, keying))
 
     async def _reload(self, keying: Keying) -> dict[str, Any]:
-        """Take a changed bundle in: all of it, or none and `SrdError` says why.
-
-        Former peers are let go by keying first, policies of new ones stand before a word is said to them. redis and
-        sentinel go on; what follows from the number of nodes is set in them by the observer. stunnel is restarted if
-        its certificate is another.
-        """
-        async with self._reloading:
+        """Take a changed bundle in: all of it, or none and `SrdError` says why."""
+        async with self._changing:
             bundle = await asyncio.to_thread(load_bundle, self._paths, dt.datetime.now(dt.UTC))
-            old, new = self._config, bundle.config
-            stuck = needs_restart(old, new, self._node)
-            if bundle.secrets != self._cleared.bundle.secrets:
+            stuck = needs_restart(self._bundle.config, bundle.config, self._node)
+            if bundle.secrets != self._bundle.secrets:
                 stuck = (*stuck, "secrets.toml")
             if stuck:
                 what = f"{', '.join(stuck)} cannot change while srd runs"
                 raise ConfigError("take in", str(self._paths.cluster_file), what, "restart srd")
-            keying.let_go(new)
-            if self._mesh is not None:
-                await self._mesh.adopt(new)
-            self._config = new
+            old, new = self._config, self._roster.extend(bundle.config, time.time())
+            self._bundle = bundle
             self._write_certificates(bundle.not_after)
-            distrusted = await self._forget(keying.adopt(new, bundle.credentials))
-            if self._net is not None and self._net_loop is not None:
-                self._net.adopt(new)
-                self._net_loop.wake()
-            await self._duties.adopt(new)
+            distrusted = await self._adopt(keying, new)
             await asyncio.to_thread(closing.remember, self._paths)
             before, after = ({node.name for node in config.nodes} for config in (old, new))
             done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": distrusted}
             done |= {"trusted_again": sorted(f"{serial:x}" for serial in old.revoked - new.revoked)}
             log.info("reloaded", **done)
             return done
+
+    async def _join(self, keying: Keying, identity: Identity) -> None:
+        """Let a client in whose certificate is proven; its policies stand when this returns.
+
+        Those that come while others are let in are taken in by one pass.
+        """
+        async with self._changing:
+            file = self._bundle.config
+            if any(node.name == identity.node for node in file.nodes):
+                return  # a client that the file has is judged by the file
+            await asyncio.to_thread(self._roster.admit, identity, file, time.time())
+            config = self._roster.extend(file, time.time())
+            if config != self._config:
+                await self._adopt(keying, config)
+
+    async def _adopt(self, keying: Keying, config: Config) -> list[str]:
+        """Go on by another cluster; return the peers that are trusted no more.
+
+        Former peers are let go by keying first, policies of new ones stand before a word is said to them. redis and
+        sentinel go on. stunnel is restarted if its certificate is another.
+        """
+        keying.let_go(config)
+        if self._mesh is not None:
+            await self._mesh.adopt(config)
+        self._config = config
+        distrusted = await self._forget(keying.adopt(config, self._bundle.credentials))
+        if self._net is not None and self._net_loop is not None:
+            self._net.adopt(config)
+            self._net_loop.wake()
+        if self._duties is not None:
+            await self._duties.adopt(config)
+        return distrusted
 
     async def _forget(self, distrusted: frozenset[str]) -> list[str]:
         """Give up the keys with peers whose certificate is revoked."""
@@ -235,13 +265,15 @@ class Daemon:
 
     def _loops(self) -> tuple[Loop, ...]:
         ipsec = [loop for loop in (self._mesh_loop, self._net_loop) if loop is not None]
-        return (*self._duties.loops, *ipsec)
+        duties = self._duties.loops if self._duties is not None else ()
+        return (*duties, *ipsec)
 
     # --- the service manager and signals
 
     async def _tell_the_manager(self) -> None:
         """READY once the services have been looked at; they may wait for peers for long."""
-        await self._duties.ready()
+        if self._duties is not None:
+            await self._duties.ready()
         self._notifier.send("READY=1")
         log.info("ready", node=self._node.name, cluster=self._config.cluster, version=VERSION)
         while True:
@@ -251,10 +283,11 @@ class Daemon:
     async def _until_stopped(self) -> None:
         await self._stop.wait()
         log.info("stopping")
-        # TimeoutStopSec is for the default graces; redis.stop_grace may be longer.
-        extended = f"EXTEND_TIMEOUT_USEC={self._duties.longest_stop * 1e6:.0f}"
-        self._notifier.send("STOPPING=1", extended, "STATUS=stopping stunnel, sentinel and redis")
-        await self._duties.stop()
+        self._notifier.send("STOPPING=1", "STATUS=stopping stunnel, sentinel and redis")
+        if self._duties is not None:
+            # TimeoutStopSec is for the default graces; redis.stop_grace may be longer.
+            self._notifier.send(f"EXTEND_TIMEOUT_USEC={self._duties.longest_stop * 1e6:.0f}")
+            await self._duties.stop()
         log.info("stopped")
 
     @contextlib.contextmanager

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from srd.conditions import Severity, conditions
 from srd.config import Node
 from srd.model import Role
-from srd.state import PeerReport, Severity, Situation, conditions
+from srd.state import PeerReport, Situation
 
 # A peer reports every second over the keying channel: the word of one that fell silent is not shown as news.
 REPORT_MAX_AGE_SECONDS: Final = 2.0

@@ -200,7 +200,7 @@ class Paths:
 class Identity:
     """Who a certificate says its holder is: SAN URI `srd://CLUSTER/NODE`, IP SANs, the kind of node.
 
-    `serial` is the certificate's, 0 before there is one.
+    `serial` and `not_after` (Unix seconds) are the certificate's, 0 before there is one.
     """
 
     cluster: str
@@ -208,6 +208,7 @@ class Identity:
     kind: NodeKind
     addresses: tuple[IpAddress, ...]
     serial: int = 0
+    not_after: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

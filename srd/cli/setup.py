@@ -67,16 +67,18 @@ _DIRECTORY = click.argument("directory", type=click.Path(path_type=Path, file_ok
 @click.argument("node", metavar="NAME=ADDRESS[,ADDRESS]")
 @click.option("--kind", type=click.Choice([kind.value for kind in NodeKind]), default=NodeKind.REDIS.value)
 def add_command(directory: Path, node: str, kind: str) -> None:
-    """Put one more node into cluster.toml and make its bundle.
+    """Make the bundle of one more node and put it into cluster.toml.
 
-    The other nodes take it in when they get the new cluster.toml: copy it to /etc/srd and run `srd reload`.
+    The other nodes take it in when they get the new cluster.toml: copy it to /etc/srd and run `srd reload`. A client is
+    not put there: its certificate alone lets it in, live, and `srd node revoke` puts it out.
     """
     from srd.trust.issuing import add_node  # noqa: PLC0415 - as above
 
     name, addresses = _node(node)
     config, made = add_node(directory, name, addresses, NodeKind(kind), dt.datetime.now(dt.UTC))
     click.echo(f"{directory}/{made.name}/ is the bundle of {made.name} ({made.address}): copy it there as /etc/srd")
-    _say_where(directory, config)
+    if made.kind is not NodeKind.CLIENT:
+        _say_where(directory, config)
 
 
 @node_command.command("renew")
@@ -87,7 +89,8 @@ def renew_command(directory: Path, name: str) -> None:
     from srd.trust.issuing import renew_node  # noqa: PLC0415 - as above
 
     node = renew_node(directory, name, dt.datetime.now(dt.UTC))
-    click.echo(f"{directory}/{node.name}/ has new certificates: copy node.* and tls.* to /etc/srd, then srd reload")
+    files = "node.*" if node.kind is NodeKind.CLIENT else "node.* and tls.*"
+    click.echo(f"{directory}/{node.name}/ has new certificates: copy {files} to /etc/srd, then srd reload")
 
 
 @node_command.command("remove")
@@ -113,7 +116,9 @@ def revoke_command(directory: Path, name: str) -> None:
 
 
 def _say_where(directory: Path, config: Config) -> None:
-    for node in config.nodes:
+    from srd.trust.issuing import holders  # noqa: PLC0415 - as above
+
+    for node in holders(directory, config):
         click.echo(f"{directory}/{node.name}/cluster.toml is for {node.name}: copy it to /etc/srd, then srd reload")
 
 

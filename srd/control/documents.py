@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from srd.conditions import Condition, Severity, conditions
 from srd.config import Node
 from srd.members import Member
 from srd.members import members as known_members
 from srd.model import Endpoint, IpsecMode, NodeKind, Role
-from srd.state import ChildState, Condition, Severity, Situation, conditions, services_of
+from srd.state import ChildState, Situation, services_of
 
 SCHEMA: Final = 1
 

@@ -110,8 +110,10 @@ class Observer:
 
     def adopt(self, config: Config) -> None:
         """Watch the nodes of a changed file from now on."""
-        moved = {n.name for n in self._config.voters if n not in config.voters}
-        self._config = config
+        former, self._config = self._config.voters, config
+        if former == config.voters:
+            return  # whoever came or left, nobody else is to be asked
+        moved = {node.name for node in former if node not in config.voters}
         self._former += [client for name, client in self.sentinels.items() if name in moved]
         self.sentinels = {name: client for name, client in self.sentinels.items() if name not in moved}
         self._watch(config)

@@ -9,30 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import random
 import socket
-import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final, Protocol
 
 import structlog
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
-from srd.desired import leg_addresses
+from srd.config import Config, Node
 from srd.ipsec.channel import Channel as TlsChannel
 from srd.ipsec.channel import tls_context
 from srd.ipsec.exchange import STEP_SECONDS, Exchange, Installer
 from srd.ipsec.peering import RETRY_SECONDS, Peering
 from srd.ipsec.protocol import Beat, KeyingError, leads
+from srd.ipsec.sockets import Sockets
 from srd.model import (
     Credentials,
-    Endpoint,
     Identity,
     IpAddress,
-    PermissionRefusedError,
+    NodeKind,
     Role,
     SrdError,
     Suite,
@@ -43,11 +39,14 @@ from srd.state import Channel, PeerReport, Store
 
 log = structlog.get_logger(__name__)
 
-# One SYN and its first repetition.
-CONNECT_SECONDS: Final = 2.0
 # Handshakes with peers at a time: more than any cluster opens at once, few enough to bound memory.
 MAX_HANDSHAKES: Final = 256
-BACKLOG: Final = 1024
+# Handshakes with addresses that are no peer's: a client that joins by its certificate, or anybody. Each address has one
+# place and keeps it for a second at least, so that outsiders cost this node less than a tenth of a CPU.
+MAX_STRANGERS: Final = 64
+STRANGER_SECONDS: Final = 5.0
+STRANGER_PAUSE_SECONDS: Final = 1.0
+MAX_GRIEVANCES: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 
 
@@ -79,6 +78,7 @@ class Keying:
         wants_keys: Callable[[str], bool],
         mark: int | None,
         serials: Serials,
+        join: Callable[[Identity], Awaitable[None]],
     ) -> None:
         self._config = config
         self._node = node
@@ -86,15 +86,20 @@ class Keying:
         self._context = tls_context(credentials)
         self._identify = identify
         self._report = report
-        self._mark = mark
+        self._sockets = Sockets(node, mark)
         self._serials = serials
+        self._join = join
         self._write_channels = store.writer("channels")
         self._write_reports = store.writer("peers")
+        self._write_refusals = store.writer("keying_refusals")
+        self._refusals = 0
+        self._grievances: dict[str, str] = {}  # by address, why the last connection was refused
         self._channels: dict[str, Channel] = {}
         self._reports: dict[str, PeerReport] = {}
         # Accepted, and not yet served: a task that is cancelled before it begins cannot close what it was given.
         self._arrived: set[socket.socket] = set()
         self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
+        self._strangers: set[str] = set()  # the addresses that have a place
         self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
         self._wants_keys = wants_keys
         self._peerings: dict[str, Peering] = {}
@@ -179,7 +184,7 @@ class Keying:
 
     def listen(self) -> list[socket.socket]:
         """Bind the keying port on every address of this node; `KeyingError` says which one is taken."""
-        return [self._bound(address, KEYING_PORT, listening=True) for address in self._node.addresses]
+        return self._sockets.listen()
 
     async def run(self, listeners: list[socket.socket]) -> None:
         """Serve and connect until cancelled."""
@@ -242,15 +247,18 @@ class Keying:
             return
         connection.setblocking(False)
         peering = self._at.get(ip_address(address))
-        if peering is None:
-            # Not even a handshake's time: whoever is no peer must not take the places of peers.
-            connection.close()
-        elif leads(self._node, peering.peer):
+        if peering is not None and leads(self._node, peering.peer):
             connection.close()
             peering.knock()
-        else:
-            self._arrived.add(connection)
-            group.create_task(contained("keying connection", partial(self._serve, connection)))
+            return
+        if peering is None:
+            if address in self._strangers or len(self._strangers) >= MAX_STRANGERS:
+                connection.close()
+                return
+            self._strangers.add(address)
+        serve = partial(self._serve, connection, address if peering is None else None)
+        self._arrived.add(connection)
+        group.create_task(contained("keying connection", serve))
 
     def _look_away(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         """Let what waits wait for a moment: looking again at once, nothing else would be done."""
@@ -263,15 +271,18 @@ class Keying:
 
         loop.call_later(ACCEPT_PAUSE_SECONDS, look_again)
 
-    async def _serve(self, connection: socket.socket) -> None:
-        """Let a connection in, or refuse it; then it is its peering's."""
-        async with self._handshakes:
+    async def _serve(self, connection: socket.socket, stranger: str | None) -> None:
+        """Let a connection in, or refuse it; then it is its peering's. `stranger` is the address of no peer."""
+        async with self._handshakes if stranger is None else self._strangers_place(stranger):
             self._arrived.discard(connection)
             channel = await self._channel(connection, accepted=True)
             try:
-                peering = self._admit(await channel.handshake(self._identify, STEP_SECONDS), channel)
+                identity = await self._prove(channel, STEP_SECONDS if stranger is None else STRANGER_SECONDS)
+                if identity.kind is NodeKind.CLIENT:
+                    await self._join(identity)
+                peering = self._admit(identity)
             except SrdError as error:
-                log.warning("keying connection refused", address=channel.remote, error=str(error))
+                self._refused(channel.remote, str(error))
                 channel.close()
                 return
             except asyncio.CancelledError:
@@ -279,30 +290,57 @@ class Keying:
                 raise
         await peering.follow(channel)
 
-    def _admit(self, identity: Identity, channel: TlsChannel) -> Peering:
-        """Return the peering that a proven identity is part of: names, addresses and roles must agree."""
-        peering = self._peerings.get(identity.node)
-        if identity.cluster != self._config.cluster or peering is None:
-            raise KeyingError("admit", f"{identity.cluster}/{identity.node}", "it is not a node of this cluster.toml")
-        peer = peering.peer
+    @contextlib.asynccontextmanager
+    async def _strangers_place(self, address: str) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            asyncio.get_running_loop().call_later(STRANGER_PAUSE_SECONDS, self._strangers.discard, address)
+
+    def _refused(self, address: str, reason: str) -> None:
+        """Count it, and say it once: a client that is revoked, say, goes on trying."""
+        self._refusals += 1
+        self._write_refusals(self._refusals)
+        if self._grievances.get(address) != reason:
+            log.warning("keying connection refused", address=address, error=reason)
+            if len(self._grievances) >= MAX_GRIEVANCES:
+                self._grievances.clear()
+            self._grievances[address] = reason
+
+    async def _prove(self, channel: TlsChannel, seconds: float) -> Identity:
+        """Shake hands; return who the other end is, if its certificate holds here and now, whoever the nodes are."""
+        identity = await channel.handshake(self._identify, seconds)
+        if identity.cluster != self._config.cluster:
+            raise KeyingError("admit", f"{identity.cluster}/{identity.node}", "it is of another cluster")
         if not self._trusted(identity):
-            error = KeyingError("admit", peer.name, f"its certificate {identity.serial:x} is revoked")
-            peering.turned_away(error)
+            error = KeyingError("admit", identity.node, f"its certificate {identity.serial:x} is revoked")
+            if identity.node in self._peerings:
+                self._peerings[identity.node].turned_away(error)
             raise error
+        if channel.remote not in {str(address) for address in identity.addresses}:
+            raise KeyingError("admit", identity.node, f"it connects from {channel.remote}, which is not its address")
+        return identity
+
+    def _admit(self, identity: Identity) -> Peering:
+        """Return the peering that a proven identity is part of: names, addresses and kinds must agree."""
+        peering = self._peerings.get(identity.node)
+        if peering is None:
+            raise KeyingError("admit", identity.node, "it is not a node of this cluster.toml")
+        peer = peering.peer
         if set(identity.addresses) != set(peer.addresses):
             raise KeyingError("admit", peer.name, "its certificate is for other addresses than cluster.toml has")
-        if channel.remote not in {str(address) for address in peer.addresses}:
-            raise KeyingError("admit", peer.name, f"it connects from {channel.remote}, which is not its address")
+        if identity.kind is not peer.kind:
+            raise KeyingError("admit", peer.name, f"its certificate is for a {identity.kind}, not a {peer.kind}")
         return peering
 
     # --- connections that go out
 
     async def _connect(self, peer: Node) -> TlsChannel:
         """Connect to a peer, and be sure that it is the one."""
-        channel = await self._channel(await self._dial(peer), accepted=False)
+        channel = await self._channel(await self._sockets.dial(peer), accepted=False)
         try:
-            identity = await channel.handshake(self._identify, STEP_SECONDS)
-            if self._admit(identity, channel).peer is not peer:
+            identity = await self._prove(channel, STEP_SECONDS)
+            if self._admit(identity).peer is not peer:
                 raise KeyingError("admit", peer.name, f"{identity.node} answers at its address")
         except (SrdError, asyncio.CancelledError):
             channel.close()
@@ -312,30 +350,7 @@ class Keying:
     async def _knock(self, peer: Node) -> None:
         """Tell the node that leads that this one is up. It connects by itself sooner or later, so one try is enough."""
         with contextlib.suppress(SrdError):
-            (await self._dial(peer)).close()
-
-    async def _dial(self, peer: Node) -> socket.socket:
-        """Connect from one of the eight client ports; from the next one when the connection's four-tuple is taken."""
-        local, remote = leg_addresses(self._node, peer)[0]
-        target = Endpoint(remote, KEYING_PORT)
-        for port in random.sample(KEYING_CLIENT_PORTS, len(KEYING_CLIENT_PORTS)):
-            connection = self._bound(local, port, listening=False)
-            try:
-                async with asyncio.timeout(CONNECT_SECONDS):
-                    await asyncio.get_running_loop().sock_connect(connection, (str(remote), KEYING_PORT))
-            except TimeoutError:
-                connection.close()
-                raise KeyingError("connect to", str(target), f"no answer within {CONNECT_SECONDS:g} s") from None
-            except OSError as error:
-                connection.close()
-                if error.errno != errno.EADDRNOTAVAIL:
-                    raise KeyingError("connect to", str(target), error.strerror or "refused") from error
-            except asyncio.CancelledError:
-                connection.close()
-                raise
-            else:
-                return connection
-        raise KeyingError("connect to", str(target), "all eight client ports are in use with this peer")
+            (await self._sockets.dial(peer)).close()
 
     async def _channel(self, connection: socket.socket, *, accepted: bool) -> TlsChannel:
         try:
@@ -347,28 +362,6 @@ class Keying:
             connection.close()
             raise
         return TlsChannel(reader, writer, self._context, accepted=accepted)
-
-    def _bound(self, address: IpAddress, port: int, *, listening: bool) -> socket.socket:
-        family = socket.AF_INET if address.version == 4 else socket.AF_INET6  # noqa: PLR2004 - IP version
-        made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._mark is not None:
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, self._mark)
-            if not listening:
-                # Closing resets instead of lingering 60 s in TIME_WAIT: with eight client ports, eight reconnections
-                # in a minute would otherwise use them up. Connections end when nobody needs them: nothing is lost.
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            made.bind((str(address), port))
-            if listening:
-                made.listen(BACKLOG)
-        except OSError as error:
-            made.close()
-            kind = PermissionRefusedError if error.errno in (errno.EACCES, errno.EPERM) else KeyingError
-            subject = f"{Endpoint(address, port)}"
-            raise kind("use", subject, error.strerror or "refused", "it is the keying channel's port") from error
-        return made
 
     # --- what is said and shown
 

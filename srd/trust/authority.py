@@ -100,7 +100,14 @@ def identify(certificate: x509.Certificate) -> Identity:
     units = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)
     kind = NodeKind(str(units[0].value)) if units else NodeKind.REDIS
     addresses = tuple(names.get_values_for_type(x509.IPAddress))
-    return Identity(cluster, node, kind, addresses, certificate.serial_number)  # type: ignore[arg-type]
+    return Identity(
+        cluster,
+        node,
+        kind,
+        addresses,  # type: ignore[arg-type]  # the stubs allow for networks, which only a name constraint has
+        certificate.serial_number,
+        certificate.not_valid_after_utc.timestamp(),
+    )
 
 
 def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

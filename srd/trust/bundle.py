@@ -6,7 +6,8 @@
     tls.crt/.key   what its stunnel shows to clients
     secrets.toml   the cluster's passwords
 
-Files that hold a secret are 0600. The authority's key is in no bundle: it stays where `srd init` ran.
+A client has neither of the last two: nobody connects to it, and it administers nothing. Files that hold a secret are
+0600. The authority's key is in no bundle: it stays where `srd init` ran.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from srd.config import Config, Node, load_config, parse_config
-from srd.model import ConfigError, Credentials, Identity, Paths, Secret, Secrets
+from srd.model import ConfigError, Credentials, Identity, NodeKind, Paths, Secret, Secrets
 from srd.trust.authority import Issued, identify, issue_node, issue_tls, issued_by, make_authority
 
 PRIVATE: Final = 0o600
@@ -41,11 +42,14 @@ _PASSWORD_BYTES: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A node's bundle, read and checked. `not_after` maps a file's name to its certificate's end (Unix seconds)."""
+    """A node's bundle, read and checked. `not_after` maps a file's name to its certificate's end (Unix seconds).
+
+    `config` has the node itself in any case. A client has no `secrets`.
+    """
 
     config: Config
     node: Node
-    secrets: Secrets
+    secrets: Secrets | None
     credentials: Credentials
     not_after: Mapping[str, float]
 
@@ -93,27 +97,33 @@ def _write_all(config: Config, text: str, directory: Path, now: datetime.datetim
     write_file(directory / "ca.crt", authority.certificate, PUBLIC)
     write_file(directory / "ca.key", authority.key.reveal(), PRIVATE)
     for node in config.nodes:
-        identity = Identity(config.cluster, node.name, node.kind, node.addresses)
         bundle = directory / node.name
         bundle.mkdir(mode=0o700)
-        write_file(bundle / "cluster.toml", text, PUBLIC)
-        write_file(bundle / "ca.crt", authority.certificate, PUBLIC)
-        write_file(bundle / "secrets.toml", secrets_toml, PRIVATE)
-        for name, issued in (
-            ("node", issue_node(authority, identity, now)),
-            ("tls", issue_tls(authority, identity, now)),
-        ):
-            write_issued(bundle, name, issued)
+        write_bundle(bundle, text, authority.certificate, None if node.kind is NodeKind.CLIENT else secrets_toml)
+        write_certificates(bundle, config.cluster, node, authority, now)
     client = directory / CLIENT_DIRECTORY
     client.mkdir(mode=0o700)
     write_file(client / "ca.crt", authority.certificate, PUBLIC)
     write_file(client / "redis_password", passwords["redis_password"] + "\n", PRIVATE)
 
 
-def write_issued(bundle: Path, name: str, issued: Issued) -> None:
-    """Write a certificate and its key, as NAME.crt and NAME.key."""
-    write_file(bundle / f"{name}.crt", issued.certificate, PUBLIC)
-    write_file(bundle / f"{name}.key", issued.key.reveal(), PRIVATE)
+def write_bundle(bundle: Path, cluster_toml: str, authority: str | bytes, secrets_toml: str | None) -> None:
+    """Write what a node shares with others; `secrets_toml` is None for a client."""
+    write_file(bundle / "cluster.toml", cluster_toml, PUBLIC)
+    write_file(bundle / "ca.crt", authority, PUBLIC)
+    if secrets_toml is not None:
+        write_file(bundle / "secrets.toml", secrets_toml, PRIVATE)
+
+
+def write_certificates(bundle: Path, cluster: str, node: Node, authority: Issued, now: datetime.datetime) -> None:
+    """Issue and write a node's own certificates and their keys."""
+    identity = Identity(cluster, node.name, node.kind, node.addresses)
+    issued = {"node": issue_node(authority, identity, now)}
+    if node.kind is not NodeKind.CLIENT:
+        issued["tls"] = issue_tls(authority, identity, now)
+    for name, made in issued.items():
+        write_file(bundle / f"{name}.crt", made.certificate, PUBLIC)
+        write_file(bundle / f"{name}.key", made.key.reveal(), PRIVATE)
 
 
 def write_file(path: Path, content: str | bytes, mode: int = PRIVATE) -> None:
@@ -133,12 +143,15 @@ def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
     config = load_config(paths.cluster_file)
     directory = paths.config_dir
     authority = _certificate(directory / "ca.crt")
-    passwords = _secrets(directory / "secrets.toml")
     node_certificate, node_key = _pair(directory, "node", authority, now)
-    tls_certificate, _ = _pair(directory, "tls", authority, now)
+    certificates = {"ca": authority, "node": node_certificate}
     path = directory / "node.crt"
     identity = _identity(node_certificate, path)
-    node = _member(config, identity, str(path))
+    config, node = _member(config, identity, str(path))
+    passwords = None
+    if node.kind is not NodeKind.CLIENT:
+        passwords = _secrets(directory / "secrets.toml")
+        certificates["tls"], _ = _pair(directory, "tls", authority, now)
     return Bundle(
         config=config,
         node=node,
@@ -149,18 +162,14 @@ def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
             key=node_key,
             authority=authority.public_bytes(serialization.Encoding.PEM),
         ),
-        not_after={
-            name: certificate.not_valid_after_utc.timestamp()
-            for name, certificate in (("ca", authority), ("node", node_certificate), ("tls", tls_certificate))
-        },
+        not_after={name: certificate.not_valid_after_utc.timestamp() for name, certificate in certificates.items()},
     )
 
 
 def load_member(paths: Paths, cluster_file: Path) -> tuple[Config, Node]:
     """Read a cluster.toml, and which of its nodes this is by the certificate, whether that is valid now or not."""
-    config = load_config(cluster_file)
     path = paths.config_dir / "node.crt"
-    return config, _member(config, _identity(_certificate(path), path), str(path))
+    return _member(load_config(cluster_file), _identity(_certificate(path), path), str(path))
 
 
 def _identity(certificate: x509.Certificate, path: Path) -> Identity:
@@ -170,12 +179,18 @@ def _identity(certificate: x509.Certificate, path: Path) -> Identity:
         raise ConfigError("use", str(path), str(error), "take the bundle that srd init made for this node") from error
 
 
-def _member(config: Config, identity: Identity, path: str) -> Node:
-    """Return the node that the certificate names, if the file agrees with the certificate."""
+def _member(config: Config, identity: Identity, path: str) -> tuple[Config, Node]:
+    """Return the cluster with the node that the certificate names, if the file agrees with the certificate.
+
+    A client need not be in the file.
+    """
     remedy = "take the bundle that srd init made for this node"
     if identity.cluster != config.cluster:
         reason = f"it is of cluster {identity.cluster!r}, and cluster.toml is of {config.cluster!r}"
         raise ConfigError("use", path, reason, remedy)
+    if identity.kind is NodeKind.CLIENT and not any(node.name == identity.node for node in config.nodes):
+        node = Node(identity.node, identity.kind, identity.addresses)
+        return config.joined_by(node), node
     try:
         node = config.node(identity.node)
     except KeyError:
@@ -188,7 +203,7 @@ def _member(config: Config, identity: Identity, path: str) -> Node:
     if identity.kind is not node.kind:
         reason = f"it is for a node of kind {identity.kind}, and cluster.toml says {node.kind}"
         raise ConfigError("use", path, reason, remedy)
-    return node
+    return config, node
 
 
 def _pair(

@@ -17,9 +17,9 @@ from pathlib import Path
 from cryptography import x509
 
 from srd.config import Config, Node, node_entry, parse_config
-from srd.model import ConfigError, Identity, NodeKind, Secret
-from srd.trust.authority import Issued, issue_node, issue_tls
-from srd.trust.bundle import CLIENT_DIRECTORY, PUBLIC, write_file, write_issued
+from srd.model import ConfigError, NodeKind, Secret
+from srd.trust.authority import Issued, identify
+from srd.trust.bundle import CLIENT_DIRECTORY, PUBLIC, write_bundle, write_certificates, write_file
 
 _OPERATION = "add the node"
 
@@ -27,31 +27,34 @@ _OPERATION = "add the node"
 def add_node(
     directory: Path, name: str, addresses: Sequence[str], kind: NodeKind, now: datetime.datetime
 ) -> tuple[Config, Node]:
-    """Put one more node into cluster.toml and make its bundle; the other bundles get the new cluster.toml."""
-    text = _read(directory / "cluster.toml") + node_entry(name, addresses, kind)
-    config = parse_config(text, f"{directory / 'cluster.toml'} with {name}")
+    """Make the bundle of one more node, and put it into cluster.toml, that of every other bundle too.
+
+    A client's is left as it is: its certificate is enough for the others.
+    """
+    text, _ = _cluster(directory)
+    changed = text + node_entry(name, addresses, kind)
+    config = parse_config(changed, f"{directory / 'cluster.toml'} with {name}")
     if name == CLIENT_DIRECTORY or (directory / name).exists():
         raise ConfigError(_OPERATION, name, f"{directory / name} is taken", "choose another name")
     node = config.node(name)
-    secrets = _read(_some_bundle(directory, config, name) / "secrets.toml")
+    authority = _authority(directory)
+    client = kind is NodeKind.CLIENT
+    secrets = None if client else _read(_some_bundle(directory, config, name) / "secrets.toml")
     with _staging(directory, name) as staging:
-        write_file(staging / "cluster.toml", text, PUBLIC)
-        write_file(staging / "ca.crt", _read(directory / "ca.crt"), PUBLIC)
-        write_file(staging / "secrets.toml", secrets)
-        _issue(directory, config, node, staging, now)
+        write_bundle(staging, text if client else changed, authority.certificate, secrets)
+        write_certificates(staging, config.cluster, node, authority, now)
         staging.rename(directory / name)
-    return _distribute(directory, text, lambda after: after == config), node
+    return config if client else _distribute(directory, changed, lambda after: after == config), node
 
 
 def renew_node(directory: Path, name: str, now: datetime.datetime) -> Node:
     """Issue new certificates, with new keys, for a node that there is."""
     _, config = _cluster(directory)
-    try:
-        node = config.node(name)
-    except KeyError:
-        raise ConfigError("renew the certificates of", name, f"{directory} has no such node") from None
+    node = next((node for node in holders(directory, config) if node.name == name), None)
+    if node is None:
+        raise ConfigError("renew the certificates of", name, f"{directory} has no such node")
     with _staging(directory, name) as staging:
-        _issue(directory, config, node, staging, now)
+        write_certificates(staging, config.cluster, node, _authority(directory), now)
         for file in sorted(staging.iterdir()):
             file.rename(directory / name / file.name)
     return node
@@ -62,7 +65,8 @@ def remove_node(directory: Path, name: str) -> Config:
     text, config = _cluster(directory)
     wanted = tuple(node for node in config.nodes if node.name != name)
     if len(wanted) == len(config.nodes):
-        raise ConfigError("remove the node", name, f"{directory} has no such node")
+        remedy = f"srd node revoke {directory} {name} puts a client out"
+        raise ConfigError("remove the node", name, f"the cluster.toml of {directory} has no such node", remedy)
     entry = re.compile(r"(?m)^[ \t]*\[\[\s*node\s*\]\](?:(?!^[ \t]*\[).*\n?)*")
     changed = entry.sub(lambda found: "" if _names(found[0], name) else found[0], text)
     return _distribute(directory, changed, lambda after: after.nodes == wanted)
@@ -71,7 +75,7 @@ def remove_node(directory: Path, name: str) -> Config:
 def revoke(directory: Path, name: str) -> tuple[Config, str]:
     """Put the certificate that a node's bundle has on the list of those that are let in no more; name its serial."""
     text, config = _cluster(directory)
-    certificate = x509.load_pem_x509_certificate(_read(directory / name / "node.crt").encode())
+    certificate = _certificate(directory / name / "node.crt")
     serial = f"{certificate.serial_number:x}"
     listed = ", ".join(f'"{number:x}"' for number in sorted({*config.revoked, certificate.serial_number}))
     line = f"revoked = [{listed}]"
@@ -82,6 +86,24 @@ def revoke(directory: Path, name: str) -> tuple[Config, str]:
         changed = f"{text.rstrip()}\n\n[trust]\n{line}\n"
     wanted = config.revoked | {certificate.serial_number}
     return _distribute(directory, changed, lambda after: after.revoked == wanted), serial
+
+
+def holders(directory: Path, config: Config) -> tuple[Node, ...]:
+    """Return whom the directory has bundles for: the nodes of cluster.toml, and the clients that are not in it."""
+    found = list(config.nodes)
+    for path in sorted(directory.glob("*/node.crt")):
+        if path.parent.name not in {node.name for node in config.nodes}:
+            identity = identify(_certificate(path))
+            if identity.kind is NodeKind.CLIENT:
+                found.append(Node(identity.node, identity.kind, identity.addresses))
+    return tuple(found)
+
+
+def _certificate(path: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(_read(path).encode())
+    except ValueError as error:
+        raise ConfigError("read", str(path), "it is not a PEM certificate") from error
 
 
 def _names(entry: str, name: str) -> bool:
@@ -99,17 +121,14 @@ def _distribute(directory: Path, text: str, is_meant: Callable[[Config], bool]) 
     config = parse_config(text, f"{path}, changed")
     if not is_meant(config):
         raise ConfigError("change", str(path), "its lines are not as srd init writes them", "edit it by hand")
-    for place in (directory, *(directory / node.name for node in config.nodes)):
+    for place in (directory, *(directory / node.name for node in holders(directory, config))):
         if (place / "cluster.toml").exists():
             _replace(place / "cluster.toml", text, PUBLIC)
     return config
 
 
-def _issue(directory: Path, config: Config, node: Node, into: Path, now: datetime.datetime) -> None:
-    authority = Issued(_read(directory / "ca.crt").encode(), Secret(_read(directory / "ca.key")))
-    identity = Identity(config.cluster, node.name, node.kind, node.addresses)
-    write_issued(into, "node", issue_node(authority, identity, now))
-    write_issued(into, "tls", issue_tls(authority, identity, now))
+def _authority(directory: Path) -> Issued:
+    return Issued(_read(directory / "ca.crt").encode(), Secret(_read(directory / "ca.key")))
 
 
 @contextlib.contextmanager

@@ -107,6 +107,7 @@ _IPSEC: Final = (
     _gauge("srd_ipsec_established_timestamp_seconds", "When the keys in use with a peer were agreed.", "peer"),
     _counter("srd_ipsec_keyings_total", "Keyings with a peer that succeeded.", "peer"),
     _counter("srd_ipsec_keying_failures_total", "Keyings with a peer that failed.", "peer"),
+    _counter("srd_ipsec_keying_refused_total", "Keying connections of whoever is no node, or was not let in."),
     _gauge("srd_ipsec_second_net", "Whether netfilter drops what IPsec has not transformed."),
     _counter("srd_ipsec_second_net_mended_total", "How often the rules of the second net had to be put back."),
     _counter("srd_ipsec_xfrm_errors_total", "The kernel's error counters (/proc/net/xfrm_stat).", "counter"),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from srd.conditions import conditions
 from srd.config import Node
 from srd.members import Member, members
 from srd.model import Endpoint, IpsecMode, Role, Service
-from srd.state import Child, ChildState, Redis, Situation, conditions, services_of
+from srd.state import Child, ChildState, Redis, Situation, services_of
 from srd.web import health
 from srd.web.health import Verdict
 

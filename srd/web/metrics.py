@@ -14,10 +14,11 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from srd.conditions import conditions
 from srd.config import Node
 from srd.model import IpsecMode, NodeKind, Role
 from srd.reconcile import Loop
-from srd.state import ChildState, Link, Situation, conditions
+from srd.state import ChildState, Link, Situation
 from srd.web import health
 from srd.web.catalogue import CONSTANT_LABELS, REQUEST_DURATION, SAMPLED, Family
 
@@ -248,6 +249,7 @@ def _sentinel_samples(s: Situation) -> Iterator[Sample]:
 def _ipsec_samples(s: Situation) -> Iterator[Sample]:
     required = s.config.ipsec.mode is IpsecMode.ESP
     yield "srd_ipsec_required", (), required
+    yield "srd_ipsec_keying_refused_total", (), s.view.keying_refusals
     yield "srd_ipsec_protected", (), health.protected(s)
     if not required:
         return

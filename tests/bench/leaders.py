@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 import structlog
+from support.clusters import nobody_joins
 
 from srd.config import parse_config
 from srd.ipsec.exchange import Unprotected
@@ -88,6 +89,7 @@ def keying(root: Path, name: str, numbers: range) -> tuple[Keying, Store]:
         wants_keys=lambda _: False,
         mark=None,
         serials=Forgetful(),
+        join=nobody_joins,
     )
     return made, store
 

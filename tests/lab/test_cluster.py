@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -10,28 +9,13 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.lab import HERE, Lab
+from support.lab import HERE, Lab, edited, pinging, spis, xfrm, xfrm_errors
 
 PASSWORD = Path("/run/lab/redis_password")
 SERVICES = ("redis", "sentinel", "stunnel")
-
-
-def xfrm(lab: Lab, node: str, what: str) -> str:
-    return lab.on(node, "ip", "xfrm", what).stdout
-
-
-def spis(lab: Lab, node: str) -> set[str]:
-    return set(re.findall(r"spi (0x[0-9a-f]+)", xfrm(lab, node, "state")))
-
-
-def reaches(lab: Lab, station: str, node: str, port: int) -> bool:
-    """Whether a TCP connection is completed within three seconds."""
-    return lab.on(station, "timeout", "3", "bash", "-c", f"exec 3<>/dev/tcp/{node}/{port}", check=False).returncode == 0
 
 
 def test_three_sentinels_agree_and_every_link_is_protected(lab: Lab) -> None:
@@ -86,10 +70,10 @@ def test_an_application_may_do_nothing_administrative(lab: Lab, command: tuple[s
 
 
 def test_a_host_outside_the_mesh_reaches_tls_and_health_only(lab: Lab) -> None:
-    assert not reaches(lab, "client", "redis-1", 6379)
-    assert not reaches(lab, "client", "redis-1", 26379)
-    assert reaches(lab, "client", "redis-1", 6380)
-    assert reaches(lab, "client", "redis-1", 8080)
+    assert not lab.reaches("client", "redis-1", 6379)
+    assert not lab.reaches("client", "redis-1", 26379)
+    assert lab.reaches("client", "redis-1", 6380)
+    assert lab.reaches("client", "redis-1", 8080)
 
 
 def test_no_key_and_no_password_shows_anywhere(lab: Lab) -> None:
@@ -195,8 +179,8 @@ def test_a_stop_ends_the_children_in_order_and_leaves_the_node_closed(lab: Lab) 
     assert ended[-3:] == ["stunnel", "sentinel", "redis"]
     assert xfrm(lab, node, "policy").count("src ") == policies
     assert spis(lab, node), "the keys stay, so what still passes is inside ESP"
-    assert not reaches(lab, "client", node, 6379)
-    assert not reaches(lab, peer, node, 6379)
+    assert not lab.reaches("client", node, 6379)
+    assert not lab.reaches(peer, node, 6379)
     lab.start_srd(node)
     lab.wait_whole()
 
@@ -246,36 +230,6 @@ def test_keys_that_are_deleted_come_back_within_seconds_and_nothing_leaves_witho
             assert link["channel"]["last_error"] is None, link
 
 
-@dataclass
-class Flow:
-    """What became of a flow of pings, once it has ended."""
-
-    sent: int = 0
-    lost: int = 0
-
-
-@contextlib.contextmanager
-def pinging(node: str, peer: str, interval: str) -> Iterator[Flow]:
-    """Have a node ping another meanwhile, every so many seconds."""
-    flow = Flow()
-    command = ["on", node, "ping", "-q", "-i", interval, peer]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield flow
-        finally:
-            process.send_signal(signal.SIGINT)
-            said, _ = process.communicate(timeout=60)
-    flow.sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
-    flow.lost = flow.sent - received
-
-
-def edited(lab: Lab, nodes: tuple[str, ...], text: str) -> None:
-    """Give nodes another cluster.toml and have them take it in."""
-    for node in nodes:
-        Path(f"/var/lab/{node}/etc/srd/cluster.toml").write_text(text)
-        lab.on(node, "srd", "reload")
-
-
 def test_a_node_leaves_and_comes_back_while_the_others_lose_nothing(lab: Lab) -> None:
     lab.wait_whole()
     leaving = next(node for node in lab.nodes if node != lab.primary())
@@ -287,7 +241,7 @@ def test_a_node_leaves_and_comes_back_while_the_others_lose_nothing(lab: Lab) ->
         edited(lab, staying, whole.replace(entry[0], "\n"))
         for node in staying:
             assert {link["peer"] for link in lab.srd(node, "links")["links"]} == {*staying} - {node}
-            assert not reaches(lab, node, leaving, 6379)
+            assert not lab.reaches(node, leaving, 6379)
         edited(lab, staying, whole)
         lab.wait_whole()
     print(f"\na node left and came back, {flow.sent} packets between the others, {flow.lost} lost")  # noqa: T201
@@ -368,18 +322,12 @@ def test_a_node_that_is_cut_off_is_back_by_itself(lab: Lab) -> None:
     lab.wait_whole()
 
 
-def xfrm_errors(lab: Lab, node: str) -> dict[str, int]:
-    """The counters of /proc/net/xfrm_stat that are not zero."""
-    text = lab.on(node, "cat", "/proc/net/xfrm_stat").stdout
-    return {name: int(value) for name, value in (line.split() for line in text.splitlines()) if value != "0"}
-
-
 @pytest.mark.after_everything
 def test_every_error_counter_of_xfrm_is_explained(lab: Lab) -> None:
     """Dropped for want of keys, or refused to outsiders; never a failed integrity check or a lost sequence."""
     explained = {
         "XfrmOutNoStates",  # a policy without keys: at the start
-        "XfrmInPolBlock",  # an outsider spoke to redis or sentinel: `reaches` above
+        "XfrmInPolBlock",  # an outsider spoke to redis or sentinel: `Lab.reaches`
         "XfrmOutPolBlock",
         "XfrmInNoStates",  # a peer sent under keys that this node no longer had
     }

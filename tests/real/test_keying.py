@@ -7,27 +7,27 @@ import contextlib
 import dataclasses
 import datetime as dt
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import msgspec
 import pytest
-from support.clusters import cluster_toml, make_bundles, paths_of
+from support.clusters import cluster_toml, make_bundles, nobody_joins, paths_of
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
+from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Node
 from srd.ipsec.exchange import STEP_SECONDS
-from srd.ipsec.keying import MAX_HANDSHAKES, Keying
+from srd.ipsec.keying import MAX_HANDSHAKES, STRANGER_PAUSE_SECONDS, Keying
 from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
 from srd.ipsec.protocol import KeyingError
 from srd.ipsec.sas import Generation
 from srd.ipsec.serials import SerialsFile
-from srd.model import IpsecMode, Role, SrdError, Suite, TimedOutError
+from srd.model import Identity, IpsecMode, NodeKind, Role, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime
 from srd.state import PeerReport, Store
 from srd.trust.authority import identify
 from srd.trust.bundle import Bundle, load_bundle
-from srd.trust.issuing import renew_node
+from srd.trust.issuing import add_node, renew_node
 
 SOFTWARE_AES = {Suite.AES_256_GCM: 1, Suite.CHACHA20_POLY1305: 2}
 FAST_AES = {Suite.AES_256_GCM: 3, Suite.CHACHA20_POLY1305: 2}
@@ -102,7 +102,11 @@ def esp(bundle: Bundle) -> Bundle:
 
 
 def keying_of(
-    bundle: Bundle, tables: Tables, grades: dict[Suite, int], wanting: AbstractSet[str] = frozenset()
+    bundle: Bundle,
+    tables: Tables,
+    grades: dict[Suite, int],
+    wanting: AbstractSet[str] = frozenset(),
+    join: Callable[[Identity], Awaitable[None]] = nobody_joins,
 ) -> tuple[Keying, Store]:
     """Return a node's keying and its store; it wants new keys with the peers that are in `wanting`."""
     store = Store(boottime())
@@ -121,6 +125,7 @@ def keying_of(
         wants_keys=lambda peer: peer in wanting,
         mark=None,
         serials=Remembered(),
+        join=join,
     )
     return keying, store
 
@@ -387,7 +392,7 @@ async def test_garbage_and_strangers_do_not_keep_a_peer_out(bundles: dict[str, B
             stranger.close()
 
 
-async def test_idle_outsiders_are_put_out_at_once_and_take_no_place(bundles: dict[str, Bundle]) -> None:
+async def test_idle_outsiders_take_no_peers_place_and_an_address_has_one(bundles: dict[str, Bundle]) -> None:
     tables = Tables()
     one, store = keying_of(bundles["redis-1"], tables, FAST_AES)
     two, _ = keying_of(bundles["redis-2"], tables, FAST_AES)
@@ -395,8 +400,66 @@ async def test_idle_outsiders_are_put_out_at_once_and_take_no_place(bundles: dic
         idle = [socket.create_connection(("127.0.1.2", KEYING_PORT)) for _ in range(MAX_HANDSHAKES + 44)]
         async with running(one):
             await store.wait_for(lambda view: view.channels["redis-2"].connected, STEP_SECONDS / 2)
+        for connection in idle[1:]:
+            connection.settimeout(STEP_SECONDS)
+            assert connection.recv(1) == b""
         for connection in idle:
             connection.close()
+
+
+@pytest.fixture
+def app(tmp_path: Path, bundles: dict[str, Bundle]) -> Bundle:
+    """The bundle of a client that cluster.toml does not have."""
+    del bundles
+    add_node(tmp_path / "bundles", "app-1", ["127.0.1.9"], NodeKind.CLIENT, dt.datetime.now(dt.UTC))
+    return esp(load_bundle(paths_of(tmp_path, "app-1"), dt.datetime.now(dt.UTC)))
+
+
+async def test_a_client_joins_by_its_certificate_alone(bundles: dict[str, Bundle], app: Bundle) -> None:
+    tables = Tables()
+
+    async def join(identity: Identity) -> None:
+        config = bundles["redis-1"].config.joined_by(Node(identity.node, identity.kind, identity.addresses))
+        node.adopt(config, bundles["redis-1"].credentials)
+
+    node, store = keying_of(bundles["redis-1"], tables, FAST_AES, join=join)
+    client, seen = keying_of(app, tables, FAST_AES)
+    async with running(node, client):
+        view = await seen.wait_for(lambda view: view.channels["redis-1"].connected, 20)
+        await store.wait_for(lambda view: "app-1" in view.channels and view.channels["app-1"].connected, 20)
+    assert not view.channels["redis-2"].connected
+    assert {pair for pair in tables.pinned if "app-1" in pair} == {("app-1", "redis-1"), ("redis-1", "app-1")}
+
+
+async def test_a_client_that_is_not_let_in_is_refused_counted_and_said_once(
+    bundles: dict[str, Bundle], app: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = Tables()
+    node, store = keying_of(bundles["redis-1"], tables, FAST_AES)
+    client, _ = keying_of(app, tables, FAST_AES)
+    async with running(node, client):
+        await store.wait_for(lambda view: view.keying_refusals >= 2, 20 * STRANGER_PAUSE_SECONDS)
+    said = [line for line in capsys.readouterr().out.splitlines() if "keying connection refused" in line]
+    assert len(said) == 1
+    assert "cannot admit app-1: it is not a node of this cluster.toml" in said[0]
+    assert not tables.pinned
+
+
+async def test_a_client_whose_certificate_is_revoked_does_not_get_as_far_as_asking(
+    bundles: dict[str, Bundle], app: Bundle
+) -> None:
+    asked = []
+
+    async def join(identity: Identity) -> None:
+        asked.append(identity)
+
+    mine = bundles["redis-1"]
+    revoking = dataclasses.replace(mine.config, revoked=frozenset({app.credentials.identity.serial}))
+    node, store = keying_of(dataclasses.replace(mine, config=revoking), Tables(), FAST_AES, join=join)
+    client, _ = keying_of(app, Tables(), FAST_AES)
+    async with running(node, client):
+        await store.wait_for(lambda view: view.keying_refusals >= 1, 20)
+    assert not asked
 
 
 async def test_a_peer_that_counts_past_all_bounds_is_refused_and_harms_no_other(bundles: dict[str, Bundle]) -> None:

@@ -6,7 +6,7 @@ import datetime as dt
 from pathlib import Path
 
 from srd.config import node_entry
-from srd.model import Paths
+from srd.model import Identity, Paths
 from srd.trust.bundle import Bundle, load_bundle, write_bundles
 
 NODES = ("redis-1", "redis-2", "redis-3")
@@ -44,3 +44,7 @@ def make_bundles(root: Path, text: str, now: dt.datetime | None = None) -> dict[
     moment = now or dt.datetime.now(dt.UTC)
     config = write_bundles(text, root / "bundles", moment)
     return {node.name: load_bundle(paths_of(root, node.name), moment) for node in config.nodes}
+
+
+async def nobody_joins(_identity: Identity) -> None:
+    """Let no client in whom cluster.toml does not have: in the daemon's place, for a test that has no such client."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,15 @@ class Lab:
         body, _, status = said.stdout.rpartition("\n")
         return Answer(int(status), json.loads(body) if body[:1] in ("{", "[") else body)
 
+    def address(self, station: str) -> str:
+        """The station's IPv4 address."""
+        return self.on(station, "getent", "ahostsv4", station).stdout.split()[0]
+
+    def reaches(self, station: str, node: str, port: int) -> bool:
+        """Whether a TCP connection is completed within three seconds."""
+        connect = ("timeout", "3", "bash", "-c", f"exec 3<>/dev/tcp/{node}/{port}")
+        return self.on(station, *connect, check=False).returncode == 0
+
     def primaries(self) -> list[str]:
         return [node for node in self.nodes if self.get(node, "/primary").status == 200]
 
@@ -95,3 +107,47 @@ class Lab:
 
     def srd_pid(self, node: str) -> int:
         return int(Path(f"/run/lab/srd-{node}.pid").read_text())
+
+
+def xfrm(lab: Lab, node: str, what: str) -> str:
+    return lab.on(node, "ip", "xfrm", what).stdout
+
+
+def spis(lab: Lab, node: str) -> set[str]:
+    return set(re.findall(r"spi (0x[0-9a-f]+)", xfrm(lab, node, "state")))
+
+
+def xfrm_errors(lab: Lab, node: str) -> dict[str, int]:
+    """The counters of /proc/net/xfrm_stat that are not zero."""
+    text = lab.on(node, "cat", "/proc/net/xfrm_stat").stdout
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines()) if value != "0"}
+
+
+@dataclass
+class Flow:
+    """What became of a flow of pings, once it has ended."""
+
+    sent: int = 0
+    lost: int = 0
+
+
+@contextlib.contextmanager
+def pinging(node: str, peer: str, interval: str) -> Iterator[Flow]:
+    """Have a node ping another meanwhile, every so many seconds."""
+    flow = Flow()
+    command = ["on", node, "ping", "-q", "-i", interval, peer]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield flow
+        finally:
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=60)
+    flow.sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
+    flow.lost = flow.sent - received
+
+
+def edited(lab: Lab, nodes: tuple[str, ...], text: str) -> None:
+    """Give nodes another cluster.toml and have them take it in."""
+    for node in nodes:
+        Path(f"/var/lab/{node}/etc/srd/cluster.toml").write_text(text)
+        lab.on(node, "srd", "reload")

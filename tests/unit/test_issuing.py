@@ -59,6 +59,45 @@ def test_a_node_that_cannot_be_is_refused_and_changes_nothing(
     assert contents(root) == before
 
 
+def test_a_client_gets_a_bundle_without_secrets_and_cluster_toml_stays_as_it_is(root: Path) -> None:
+    bundles = root / "bundles"
+    before = (bundles / "cluster.toml").read_bytes()
+    config, node = add_node(bundles, "app-1", ["127.0.1.9"], NodeKind.CLIENT, NOW)
+    made = load_bundle(paths_of(root, "app-1"), NOW)
+    assert (made.node, made.secrets) == (node, None)
+    assert made.config == config
+    assert [peer.name for peer in made.config.peers_of("app-1")] == [*NODES]
+    assert {path.name for path in (bundles / "app-1").iterdir()} == {"cluster.toml", "ca.crt", "node.crt", "node.key"}
+    assert {place.read_bytes() for place in bundles.rglob("cluster.toml")} == {before}
+
+
+def test_a_client_is_renewed_and_revoked_and_gets_every_new_file(root: Path) -> None:
+    bundles = root / "bundles"
+    add_node(bundles, "app-1", ["127.0.1.9"], NodeKind.CLIENT, NOW)
+    first = load_bundle(paths_of(root, "app-1"), NOW).credentials.identity.serial
+    assert renew_node(bundles, "app-1", NOW).kind is NodeKind.CLIENT
+    renewed = load_bundle(paths_of(root, "app-1"), NOW)
+    assert renewed.credentials.identity.serial != first
+    _, serial = revoke(bundles, "app-1")
+    add_node(bundles, "redis-4", ["127.0.1.4"], NodeKind.REDIS, NOW)
+    after = load_bundle(paths_of(root, "app-1"), NOW)
+    assert after.config.revoked == {int(serial, 16)} == {renewed.credentials.identity.serial}
+    assert [node.name for node in after.config.nodes] == [*NODES, "redis-4", "app-1"]
+    with pytest.raises(ConfigError, match=r"cluster\.toml of .* has no such node; srd node revoke .* app-1 puts"):
+        remove_node(bundles, "app-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "addresses"),
+    [("app-1", ["127.0.1.1"]), ("app-1", ["127.0.1.9", "2001:db8::1"]), ("redis-1", ["127.0.1.9"])],
+)
+def test_a_client_that_could_not_join_gets_no_bundle(root: Path, name: str, addresses: list[str]) -> None:
+    before = contents(root)
+    with pytest.raises(ConfigError):
+        add_node(root / "bundles", name, addresses, NodeKind.CLIENT, NOW)
+    assert contents(root) == before
+
+
 def test_without_the_authoritys_key_nothing_is_issued(root: Path) -> None:
     (root / "bundles" / "ca.key").unlink()
     before = contents(root)

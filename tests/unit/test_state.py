@@ -8,19 +8,9 @@ from dataclasses import replace
 import pytest
 from support.situations import arbiter_situation, primary_situation, replica_situation
 
+from srd.conditions import CHANNEL_HOLD_SECONDS, Code, Severity, conditions
 from srd.model import IpsecMode
-from srd.state import (
-    CHANNEL_HOLD_SECONDS,
-    Channel,
-    Child,
-    ChildState,
-    Code,
-    Kernel,
-    Severity,
-    Situation,
-    Store,
-    conditions,
-)
+from srd.state import Channel, Child, ChildState, Kernel, Situation, Store
 
 
 def seen(situation: Situation, **changes: object) -> Situation:

@@ -16,9 +16,10 @@ from support.situations import (
     with_child,
 )
 
+from srd.conditions import Code, Severity
 from srd.model import Service
 from srd.reconcile import Loop
-from srd.state import Code, Kernel, Severity, Situation, View
+from srd.state import Kernel, Situation, View
 from srd.web import health
 from srd.web.catalogue import FAMILIES
 from srd.web.metrics import HttpCounts, Metrics

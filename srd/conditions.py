@@ -1,0 +1,155 @@
+"""The catalogue of conditions: what is not as it should be, derived from what is observed. Pure."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+from srd.config import MIN_REPLICAS_MAX_LAG, Node
+from srd.model import IpsecMode, NodeKind, Role
+from srd.state import ChildState, Situation, services_of
+
+# A link that is being keyed for the first time takes about a second in production and some in a slow lab.
+CHANNEL_HOLD_SECONDS: Final = 5.0
+CERTIFICATE_WARNING_SECONDS: Final = 14 * 86400.0
+
+
+class Severity(enum.IntEnum):
+    """How bad a condition is: a warning leaves the node doing its job, a critical one does not."""
+
+    WARNING = 1
+    CRITICAL = 2
+
+
+class Code(enum.StrEnum):
+    """The closed catalogue of conditions; docs/conditions.md explains each."""
+
+    IPSEC_OFF = "ipsec_off"
+    POLICIES_MISSING = "policies_missing"
+    FOREIGN_POLICY = "foreign_policy"
+    NO_SECOND_NET = "no_second_net"
+    LINK_UNPROTECTED = "link_unprotected"
+    CHANNEL_DOWN = "channel_down"
+    REKEY_FAILING = "rekey_failing"
+    CHILD_DOWN = "child_down"
+    CHILD_WAITING = "child_waiting"
+    NO_MAJORITY = "no_majority"
+    NO_SUCCESSOR = "no_successor"
+    WRITES_REFUSED = "writes_refused"
+    REPLICA_LINK_DOWN = "replica_link_down"
+    CERTIFICATE_EXPIRING = "certificate_expiring"
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Something that is not as it should be: on what, how bad, and what it means in one sentence."""
+
+    code: Code
+    severity: Severity
+    subject: str
+    text: str
+
+
+def conditions(situation: Situation) -> tuple[Condition, ...]:
+    """Derive every condition that holds now, the worst first. Pure: a condition ends when its cause is gone."""
+    found = [*_ipsec_conditions(situation), *_service_conditions(situation), *_cluster_conditions(situation)]
+    return tuple(sorted(found, key=lambda condition: (-condition.severity, condition.code, condition.subject)))
+
+
+def _ipsec_conditions(s: Situation) -> list[Condition]:
+    if s.config.ipsec.mode is IpsecMode.OFF:
+        text = "ipsec.mode is off: everything between the nodes is in plaintext"
+        return [Condition(Code.IPSEC_OFF, Severity.WARNING, s.config.cluster, text)]
+    found = []
+    kernel = s.view.kernel
+    if kernel is None or not kernel.policies_installed:
+        text = "not every policy is installed; the services wait for them"
+        found.append(Condition(Code.POLICIES_MISSING, Severity.CRITICAL, s.node.name, text))
+    if kernel is not None:
+        found += [
+            Condition(Code.FOREIGN_POLICY, Severity.CRITICAL, what, "a policy that is not srd's comes before srd's")
+            for what in kernel.foreign_overrides
+        ]
+    if s.view.backstop is not None and s.view.backstop.keeper is None:
+        text = "neither nft nor iptables can drop what IPsec has not transformed: install nftables"
+        found.append(Condition(Code.NO_SECOND_NET, Severity.WARNING, s.node.name, text))
+    for peer in _awaited(s):
+        link = s.view.links.get(peer.name)
+        if link is None or not link.protected:
+            text = "no keys yet: traffic with this peer is blocked, never in plaintext"
+            found.append(Condition(Code.LINK_UNPROTECTED, Severity.WARNING, peer.name, text))
+    return found
+
+
+def _service_conditions(s: Situation) -> list[Condition]:
+    found = []
+    for service in services_of(s.node):
+        child = s.view.children.get(service)
+        if child is not None and child.state is ChildState.READY:
+            continue
+        if child is not None and child.waiting_for:
+            found.append(Condition(Code.CHILD_WAITING, Severity.CRITICAL, service, f"waits: {child.waiting_for}"))
+        else:
+            state = child.state if child is not None else ChildState.STOPPED
+            last = f", last end: {child.last_exit}" if child is not None and child.last_exit else ""
+            found.append(Condition(Code.CHILD_DOWN, Severity.CRITICAL, service, f"it is {state}{last}"))
+    return found
+
+
+def _cluster_conditions(s: Situation) -> list[Condition]:
+    found = []
+    for peer in s.config.peers_of(s.node.name):
+        channel = s.view.channels.get(peer.name)
+        if channel is None:
+            continue
+        text = channel.last_error or "it does not answer"
+        if channel.connected and channel.last_error is not None:
+            text = f"its keys are not renewed, and end after 8 hours: {text}"
+            found.append(Condition(Code.REKEY_FAILING, Severity.WARNING, peer.name, text))
+        elif peer in _awaited(s) and not channel.connected and s.now - channel.since >= CHANNEL_HOLD_SECONDS:
+            found.append(Condition(Code.CHANNEL_DOWN, Severity.WARNING, peer.name, f"keying channel down: {text}"))
+    if s.node.kind is not NodeKind.CLIENT:
+        found += _sentinel_conditions(s)
+    found += _replication_conditions(s)
+    for name, not_after in s.view.certificates.items():
+        left = not_after - s.wall_clock
+        if left < CERTIFICATE_WARNING_SECONDS:
+            severity = Severity.CRITICAL if left <= 0 else Severity.WARNING
+            text = f"{max(left, 0) / 86400:.0f} days left" if left > 0 else "it has expired"
+            found.append(Condition(Code.CERTIFICATE_EXPIRING, severity, name, text))
+    return found
+
+
+def _awaited(s: Situation) -> tuple[Node, ...]:
+    """Return the peers that should be there. Clients come and go as they like."""
+    return tuple(peer for peer in s.config.peers_of(s.node.name) if peer.kind is not NodeKind.CLIENT)
+
+
+def _sentinel_conditions(s: Situation) -> list[Condition]:
+    found = []
+    lease = s.view.lease
+    if lease is None or lease.reachable < s.config.majority:
+        reachable = lease.reachable if lease is not None else 0
+        text = f"{reachable} of {len(s.config.voters)} sentinels answer; {s.config.majority} are a majority"
+        found.append(Condition(Code.NO_MAJORITY, Severity.WARNING, s.config.sentinel.master, text))
+    elif len(s.config.redis_nodes) > 1:
+        informed = sum(1 for answer in s.view.sentinels.values() if answer.known_replicas)
+        if informed < s.config.majority:
+            text = f"{informed} of {len(s.config.voters)} sentinels know of a replica: nobody could take over now"
+            found.append(Condition(Code.NO_SUCCESSOR, Severity.WARNING, s.config.sentinel.master, text))
+    return found
+
+
+def _replication_conditions(s: Situation) -> list[Condition]:
+    found = []
+    redis = s.view.redis
+    if redis is not None and redis.role is Role.PRIMARY:
+        good = sum(1 for r in redis.replicas if r.state == "online" and r.lag_seconds <= MIN_REPLICAS_MAX_LAG)
+        if good < redis.min_replicas_to_write:
+            text = f"it takes no writes: {good} replicas keep up, and it demands {redis.min_replicas_to_write}"
+            found.append(Condition(Code.WRITES_REFUSED, Severity.CRITICAL, s.node.name, text))
+    if redis is not None and redis.role is Role.REPLICA and not redis.link_up:
+        text = f"no link to the primary {redis.primary}" if redis.primary else "it follows nobody"
+        found.append(Condition(Code.REPLICA_LINK_DOWN, Severity.WARNING, s.node.name, text))
+    return found
