@@ -89,12 +89,15 @@ class TlsSection(_Section, frozen=True):
 class IpsecSection(_Section, frozen=True):
     """`[ipsec]`: protection between nodes. `bypass` names what may pass in plaintext, as `tcp/22`.
 
-    `suites` are those that may be used, the preferred one first; none given, each pair uses what it runs best.
+    `suites` are those that may be used, the preferred one first; none given, each pair uses what it runs best. `encap`
+    puts ESP into UDP, for networks that drop protocol 50.
     """
 
     mode: IpsecMode = IpsecMode.ESP
     bypass: tuple[str, ...] = ("tcp/22",)
     suites: tuple[SuiteName, ...] = ()
+    encap: Literal["none", "udp"] = "none"
+    encap_port: Port = 4500
 
 
 class TrustSection(_Section, frozen=True):
@@ -172,6 +175,11 @@ class Config:
     def suites(self) -> tuple[Suite, ...]:
         """The suites that may be used, the preferred one first; empty for what each pair runs best."""
         return tuple(SUITES[name] for name in self.ipsec.suites)
+
+    @property
+    def udp_port(self) -> int | None:
+        """The port of ESP in UDP on every node, None for ESP alone."""
+        return self.ipsec.encap_port if self.ipsec.mode is IpsecMode.ESP and self.ipsec.encap == "udp" else None
 
     def node(self, name: str) -> Node:
         """Return the node of that name; `KeyError` when the file has none."""

@@ -29,15 +29,14 @@ from srd.control.server import ControlServer
 from srd.desired import needs_restart
 from srd.duties import Duties
 from srd.ipsec import xfrm
-from srd.ipsec.backstop import SecondNet
 from srd.ipsec.exchange import Installer, Unprotected
 from srd.ipsec.keying import Keying
-from srd.ipsec.mesh import Mesh, watch
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
 from srd.model import ConfigError, Identity, IpsecMode, Paths, SrdError
 from srd.preflight import Cleared, clear
+from srd.protection import Protection
 from srd.reconcile import Loop, boottime, contained, until_first
 from srd.roster import Roster
 from srd.state import Situation, Store
@@ -52,11 +51,6 @@ log = structlog.get_logger(__name__)
 VERSION: Final = version("srd")
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
-# A pass over the kernel's tables that finds nothing to do costs two dumps; events wake it in between.
-MESH_RESYNC_SECONDS: Final = 2.0
-# A look at netfilter's rules costs two to four processes.
-NET_RESYNC_SECONDS: Final = 30.0
-PASS_SECONDS: Final = 60.0
 STATUS_SECONDS: Final = 2.0
 LONGEST_WAIT_SECONDS: Final = 86400.0
 
@@ -87,8 +81,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._changing = asyncio.Lock()  # held by whatever changes who is in the cluster
-        self._mesh: Mesh | None = None
-        self._net: SecondNet | None = None
+        self._protection: Protection | None = None
         self._store = Store(boottime())
         self._write_certificates = self._store.writer("certificates")
         self._write_certificates(bundle.not_after)
@@ -102,8 +95,6 @@ class Daemon:
                 store=self._store,
                 situation=self.situation,
             )
-        self._mesh_loop: Loop | None = None
-        self._net_loop: Loop | None = None
 
     def situation(self) -> Situation:
         """Return the one snapshot that every judgement and every answer is made from."""
@@ -116,21 +107,17 @@ class Daemon:
             installer: Installer = Unprotected()
             if self._config.ipsec.mode is IpsecMode.ESP:
                 kernel = await stack.enter_async_context(xfrm.XfrmSocket())
-                installer = self._mesh = Mesh(
-                    config=self._config, node=self._node, socket=kernel, store=self._store, wake=self._wake_mesh
+                self._protection = Protection(
+                    config=self._config,
+                    node=self._node,
+                    store=self._store,
+                    kernel=kernel,
+                    run_dir=self._paths.run_dir,
                 )
-                # Every policy stands before this node speaks to a peer or answers one for the first time.
-                await self._mesh.reconcile()
-                self._mesh_loop = Loop("mesh", self._mesh.reconcile, resync=MESH_RESYNC_SECONDS, timeout=PASS_SECONDS)
-                self._net = SecondNet(config=self._config, node=self._node, store=self._store)
-                self._net_loop = Loop(
-                    "second net", self._net.reconcile, resync=NET_RESYNC_SECONDS, timeout=PASS_SECONDS
-                )
-                bodies += [
-                    self._mesh_loop.run,
-                    self._net_loop.run,
-                    partial(watch, kernel, xfrm.XfrmEvents(), self._mesh_loop.wake),
-                ]
+                stack.callback(self._protection.release)
+                await self._protection.stand()
+                installer = self._protection.mesh
+                bodies += self._protection.bodies
             web = WebServer(self.situation, version=VERSION, loops=self._loops)
             await web.start()
             stack.push_async_callback(web.stop)
@@ -241,32 +228,23 @@ class Daemon:
         sentinel go on. stunnel is restarted if its certificate is another.
         """
         keying.let_go(config)
-        if self._mesh is not None:
-            await self._mesh.adopt(config)
+        if self._protection is not None:
+            await self._protection.adopt(config)
         self._config = config
         distrusted = await self._forget(keying.adopt(config, self._bundle.credentials))
-        if self._net is not None and self._net_loop is not None:
-            self._net.adopt(config)
-            self._net_loop.wake()
         if self._duties is not None:
             await self._duties.adopt(config)
         return distrusted
 
     async def _forget(self, distrusted: frozenset[str]) -> list[str]:
         """Give up the keys with peers whose certificate is revoked."""
-        if self._mesh is not None:
-            for peer in sorted(distrusted):
-                await self._mesh.forget(peer)
+        if self._protection is not None:
+            await self._protection.forget(sorted(distrusted))
         return sorted(distrusted)
 
-    def _wake_mesh(self) -> None:
-        if self._mesh_loop is not None:
-            self._mesh_loop.wake()
-
     def _loops(self) -> tuple[Loop, ...]:
-        ipsec = [loop for loop in (self._mesh_loop, self._net_loop) if loop is not None]
-        duties = self._duties.loops if self._duties is not None else ()
-        return (*duties, *ipsec)
+        parts = (self._duties, self._protection)
+        return tuple(loop for part in parts if part is not None for loop in part.loops)
 
     # --- the service manager and signals
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -15,6 +15,7 @@ from typing import Final
 from srd.config import KEYING_PORT, Config, Node
 from srd.control.client import is_answered
 from srd.ipsec import xfrm
+from srd.ipsec.encap import endpoints_of, open_socket
 from srd.ipsec.suites import grades, read_proc_crypto
 from srd.ipsec.teardown import owned
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
@@ -95,7 +96,17 @@ def _problems_of(bundle: Bundle, paths: Paths, *, running: bool = False) -> list
         *check_programs(config, node),
         *check_ports(config, node, paths),
         *(problem for endpoint in own if not running and (problem := check_endpoint(endpoint))),
+        *_taken_for_udp(config, node),
     ]
+
+
+def _taken_for_udp(config: Config, node: Node) -> Iterator[SrdError]:
+    """Yield why ESP in UDP could not come in; the sockets of an srd that runs or has run are in nobody's way."""
+    for endpoint in endpoints_of(config, node):
+        try:
+            open_socket(endpoint).close()
+        except SrdError as error:
+            yield error
 
 
 def _missing_capabilities(config: Config) -> list[SrdError]:

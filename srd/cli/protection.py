@@ -46,7 +46,7 @@ def _refuse_beside_srd(paths: Paths, operation: str) -> None:
 
 
 async def _teardown(paths: Paths) -> str:
-    from srd.ipsec import backstop, teardown, xfrm  # noqa: PLC0415 - as above
+    from srd.ipsec import backstop, encap, teardown, xfrm  # noqa: PLC0415 - as above
     from srd.supervise.programs import listener_of  # noqa: PLC0415 - as above, for msgspec
 
     _refuse_beside_srd(paths, _OPERATION)
@@ -60,6 +60,8 @@ async def _teardown(paths: Paths) -> str:
                     "start srd, which adopts its children, and stop it",
                 )
         removed = await teardown.teardown(kernel)
+    if paths.run_dir.exists():
+        encap.end_holder(paths.run_dir / encap.FILE_NAME)
     # The second net last: it drops what the policies no longer cover.
     for keeper in await backstop.usable_keepers():
         await keeper.remove()

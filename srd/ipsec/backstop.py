@@ -2,9 +2,9 @@
 
 It holds when somebody flushes the policies themselves (`ip xfrm policy flush` opened a host to plaintext in 5 of 5
 pings; with this, 0 of 5), and until srd has put them back. It says the same as the policies, in netfilter's words:
-protected ports first, then the exemptions, then everything with a peer, and the protected ports with anybody else. ESP
-passes on its way out and in; what was inside it meets these rules again, transformed. Later fragments of an exempt UDP
-datagram do not show their ports and are dropped.
+protected ports first, then the exemptions, then everything with a peer, and the protected ports with anybody else. ESP,
+in UDP or not, passes on its way out and in; what was inside it meets these rules again, transformed. Later fragments of
+an exempt UDP datagram do not show their ports and are dropped.
 
 nftables where the kernel has it, in a table of its own that is replaced whole. Elsewhere chains of its own in the table
 `filter` by iptables-restore, which is as atomic, and a jump to each. Nothing of anybody else is touched.
@@ -43,6 +43,7 @@ class Scope:
     pairs: tuple[tuple[IpAddress, IpAddress], ...]
     protected: tuple[int, ...]
     bypass: tuple[tuple[str, int], ...]
+    udp_port: int | None = None  # of ESP in UDP
 
     def of(self, version: int) -> tuple[tuple[IpAddress, IpAddress], ...]:
         """Return the pairs of one IP family."""
@@ -56,6 +57,7 @@ def scope_of(config: Config, node: Node) -> Scope:
         pairs=tuple(pair for peer in peers for pair in leg_addresses(node, peer)),
         protected=(config.redis.port, config.sentinel.port),
         bypass=tuple((entry.protocol, entry.port) for entry in config.bypass),
+        udp_port=config.udp_port,
     )
 
 
@@ -107,6 +109,8 @@ def _nft_rules(scope: Scope, way: str) -> Iterator[str]:
     yield f"icmpv6 type {{ {', '.join(map(str, NEIGHBOUR_DISCOVERY_TYPES))} }} accept"
     yield f"{mark}tcp sport {KEYING_PORT} tcp dport {low}-{high} accept"
     yield f"{mark}tcp dport {KEYING_PORT} tcp sport {low}-{high} accept"
+    if scope.udp_port is not None:
+        yield f"udp sport {scope.udp_port} udp dport {scope.udp_port} accept"
     for protocol, port in scope.bypass:
         yield f"{protocol} sport {port} accept"
         yield f"{protocol} dport {port} accept"
@@ -164,6 +168,8 @@ def _iptables_rules(scope: Scope, version: int, way: str) -> Iterator[str]:
         yield from (f"-p ipv6-icmp --icmpv6-type {kind} -j RETURN" for kind in NEIGHBOUR_DISCOVERY_TYPES)
     yield f"{mark}-p tcp --sport {KEYING_PORT} --dport {low}:{high} -j RETURN"
     yield f"{mark}-p tcp --dport {KEYING_PORT} --sport {low}:{high} -j RETURN"
+    if scope.udp_port is not None:
+        yield f"-p udp --sport {scope.udp_port} --dport {scope.udp_port} -j RETURN"
     for protocol, port in scope.bypass:
         yield f"-p {protocol} --sport {port} -j RETURN"
         yield f"-p {protocol} --dport {port} -j RETURN"
@@ -324,6 +330,7 @@ class SecondNet:
         self._keepers: list[Keeper] | None = None  # None: nobody has looked yet
         self._put: tuple[Scope, str] | None = None  # what was put, and how the program shows it
         self._mended = 0
+        self._one_pass = asyncio.Lock()
 
     def adopt(self, config: Config) -> None:
         """Guard what this file has policies for, from the next pass on."""
@@ -331,6 +338,10 @@ class SecondNet:
 
     async def reconcile(self) -> None:
         """Compare the rules with those that were put last, and put them again if they differ."""
+        async with self._one_pass:
+            await self._pass()
+
+    async def _pass(self) -> None:
         if self._keepers is None:
             self._keepers = await usable_keepers()
             log.info("second net", keeper=self._keepers[0].name if self._keepers else None)

@@ -121,6 +121,7 @@ class Exchange:
             boot_id=self._boot_id,
             legs=legs,
             grades=prescribed(self._grades, self._config.suites),
+            udp_port=self._config.udp_port,
             prescribed=bool(self._config.suites),
             counted=self._counted.get(peer.name, 0),
             sends=await self._installer.sends(peer.name),

@@ -128,7 +128,8 @@ class Keying:
         for name, peering in self._peerings.items():
             if peering.serials & config.revoked:
                 peering.refuse(KeyingError("admit", name, "its certificate is revoked"))
-        if credentials != self._credentials or former.suites != config.suites:
+        renewed = credentials != self._credentials
+        if renewed or (former.suites, former.udp_port) != (config.suites, config.udp_port):
             self._credentials, self._context = credentials, tls_context(credentials)
             for peering in self._peerings.values():
                 peering.renew()

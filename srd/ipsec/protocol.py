@@ -68,13 +68,17 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
 
 
 class Hello(Message, frozen=True):
-    """Who I am in this boot, the last generation I know of, what my kernel can do, and what I send under now."""
+    """Who I am in this boot, the last generation I know of, what my kernel can do, and what I send under now.
+
+    `udp_port` is that of ESP in UDP, 0 for ESP alone.
+    """
 
     protocol: int
     boot_id: str
     generation: Count
     grades: dict[str, int]
     sends: list[Spi]
+    udp_port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
 
 class Prepare(Message, frozen=True):
@@ -177,6 +181,7 @@ class Terms:
     counted: int
     sends: tuple[int, ...]
     spis: tuple[int, ...]
+    udp_port: int | None = None  # of ESP in UDP
     prescribed: bool = False  # the grades are those of ipsec.suites
 
 
@@ -201,7 +206,8 @@ class End:
         """Greet the peer."""
         terms = self.terms
         grades = {str(suite): grade for suite, grade in terms.grades.items()}
-        return [Say(Hello(PROTOCOL, terms.boot_id, terms.counted, grades, list(terms.sends)))]
+        port = terms.udp_port or 0
+        return [Say(Hello(PROTOCOL, terms.boot_id, terms.counted, grades, list(terms.sends), port))]
 
     def hear(self, message: Message) -> Sequence[Action]:
         """Take the next message; `KeyingError` when it is not the one that is due: the connection is over then."""
@@ -241,6 +247,10 @@ class End:
                 "speak with", self.terms.peer.name, f"it speaks version {hello.protocol}, this node {PROTOCOL}"
             )
 
+        if (hello.udp_port or None) != self.terms.udp_port:
+            theirs, mine = (f"UDP port {port}" if port else "no UDP" for port in (hello.udp_port, self.terms.udp_port))
+            raise self._refuse(f"it wants ESP in {theirs}, this node in {mine}: ipsec.encap is not the same on both")
+
     def _refuse(self, reason: str) -> KeyingError:
         return KeyingError("make keys with", self.terms.peer.name, reason)
 
@@ -274,7 +284,7 @@ class End:
             me, them = (terms.me.name, terms.boot_id, str(local)), (terms.peer.name, boot_id, str(remote))
             key_in, key_out = key(them, me, spi_in, spi_out), key(me, them, spi_out, spi_in)
             legs.append(KeyedLeg(local, remote, spi_in, spi_out, key_in, key_out))
-        return Generation(terms.peer.name, number, suite, reason, tuple(legs))
+        return Generation(terms.peer.name, number, suite, reason, tuple(legs), terms.udp_port)
 
 
 class Leader(End):

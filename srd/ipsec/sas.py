@@ -42,6 +42,7 @@ class Generation:
     suite: Suite
     suite_reason: str
     legs: tuple[KeyedLeg, ...]
+    udp_port: int | None = None  # of ESP in UDP, at both ends
 
     @property
     def spis(self) -> frozenset[int]:
@@ -74,6 +75,7 @@ def _sa(
         # sending under its own keys with another's source address.
         selector=xfrm.Selector(ip_network(source), ip_network(destination)),
         lifetime=LIFETIME,
+        encapsulation=xfrm.UdpEncapsulation(generation.udp_port, generation.udp_port) if generation.udp_port else None,
     )
 
 

@@ -67,6 +67,7 @@ from srd.ipsec.xfrm_types import (
     Selector,
     SpdInfo,
     Template,
+    UdpEncapsulation,
     XfrmError,
     XfrmEvent,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "Selector",
     "SpdInfo",
     "Template",
+    "UdpEncapsulation",
     "XfrmError",
     "XfrmEvent",
     "XfrmEvents",

@@ -54,6 +54,7 @@ class Attribute(enum.IntEnum):
 
     ALG_AUTH = 1
     ALG_CRYPT = 2
+    ENCAP = 4
     TMPL = 5
     SA = 6
     POLICY = 7
@@ -68,6 +69,7 @@ class Attribute(enum.IntEnum):
 
 
 XFRM_INF: Final = 0xFFFFFFFFFFFFFFFF
+UDP_ENCAP_ESPINUDP: Final = 2  # include/uapi/linux/udp.h
 STATE_ESN: Final = 128  # XFRM_STATE_ESN in xfrm_usersa_info.flags
 LEGACY_WINDOW_MAX: Final = 32  # bits of xfrm_replay_state.bitmap
 SAD_CNT: Final = 1  # XFRMA_SAD_CNT
@@ -106,6 +108,7 @@ POLICY_EXPIRE: Final = struct.Struct("=168sB7x")  # xfrm_user_polexpire (176)
 AEAD: Final = struct.Struct("=64sII")  # xfrm_algo_aead (72) before the key
 REPLAY: Final = struct.Struct("=3I")  # xfrm_replay_state (12)
 REPLAY_ESN: Final = struct.Struct("=6I")  # xfrm_replay_state_esn (24) before the bitmap
+ENCAP: Final = struct.Struct("=3H2x16s")  # xfrm_encap_tmpl (24): type, both ports, an address that ESP never uses
 MARK: Final = struct.Struct("=II")  # xfrm_mark (8)
 SPD_COUNTS: Final = struct.Struct("=6I")  # xfrmu_spdinfo (24)
 U32: Final = struct.Struct("=I")

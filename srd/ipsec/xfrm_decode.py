@@ -38,6 +38,7 @@ from srd.ipsec.xfrm_types import (
     Selector,
     SpdInfo,
     Template,
+    UdpEncapsulation,
     XfrmEvent,
 )
 
@@ -222,7 +223,17 @@ def _decode_sa_info(raw: memoryview, found: Attributes) -> SaInfo:
         replay_drops=replay_drops,
         integrity_failures=integrity,
         mark=_decode_mark(found),
+        encapsulation=_decode_encapsulation(found),
     )
+
+
+def _decode_encapsulation(found: Attributes) -> UdpEncapsulation | None:
+    if (raw := found.get(Attribute.ENCAP)) is None:
+        return None
+    kind, source_port, destination_port, _ = _unpack(abi.ENCAP, raw)
+    if kind != abi.UDP_ENCAP_ESPINUDP:
+        return None
+    return UdpEncapsulation(ntohs(source_port), ntohs(destination_port))
 
 
 def _decode_sa(body: memoryview) -> SaInfo:

@@ -104,6 +104,14 @@ def encode_policy_id(policy: Policy) -> bytes:
     return identity + _mark(policy.mark)
 
 
+def _encode_encapsulation(sa: Sa) -> bytes:
+    if sa.encapsulation is None:
+        return b""
+    ports = sa.encapsulation
+    template = (abi.UDP_ENCAP_ESPINUDP, htons(ports.source_port), htons(ports.destination_port), abi.NO_ADDRESS)
+    return _attribute(Attribute.ENCAP, abi.ENCAP.pack(*template))
+
+
 def _encode_replay(sa: Sa, window: int) -> bytes:
     """Return XFRMA_REPLAY_ESN_VAL: always with ESN, else where the window is too large for the SA's own byte.
 
@@ -143,6 +151,7 @@ def encode_sa(sa: Sa, *, with_direction: bool) -> bytearray:
         window = 0 if with_direction or not sa.esn else 1
     replay = _encode_replay(sa, window)
     body = bytearray(_encode_sa_info(sa, window_byte=0 if replay else window))
+    body += _encode_encapsulation(sa)
     aead = sa.aead
     length = abi.ATTRIBUTE.size + abi.AEAD.size + len(aead.key)
     body += abi.ATTRIBUTE.pack(length, Attribute.ALG_AEAD)

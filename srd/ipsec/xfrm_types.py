@@ -170,6 +170,17 @@ class Aead:
 
 
 @dataclass(frozen=True, slots=True)
+class UdpEncapsulation:
+    """XFRMA_ENCAP of the type UDP_ENCAP_ESPINUDP: ESP in UDP between these two ports (RFC 3948).
+
+    To receive it takes a UDP socket on the destination port with UDP_ENCAP set (include/uapi/linux/udp.h).
+    """
+
+    source_port: int
+    destination_port: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sa:
     """An ESP SA to install.
 
@@ -190,6 +201,7 @@ class Sa:
     lifetime: Lifetime = Lifetime()
     esn: bool = True
     mark: Mark | None = None
+    encapsulation: UdpEncapsulation | None = None
 
     def __post_init__(self) -> None:
         if self.source.version != self.destination.version:
@@ -208,7 +220,7 @@ class SaInfo:
     `aead` is "" and `key_bits` 0 where it uses no AEAD. `larval` is one that only reserves an SPI and has no
     keys yet. `direction` is None where the kernel does not say (before 6.10, or SAs of programs that don't).
     `sequence` is the last number received (IN), `output_sequence` the last sent (OUT). Timestamps are Unix
-    seconds, 0 is never; `use_timestamp` is the first use.
+    seconds, 0 is never; `use_timestamp` is the first use. `encapsulation` is None for ESP in TCP (RFC 9329) too.
     """
 
     source: IpAddress
@@ -236,6 +248,7 @@ class SaInfo:
     replay_drops: int
     integrity_failures: int
     mark: Mark | None
+    encapsulation: UdpEncapsulation | None = None
 
     def __str__(self) -> str:
         return f"SA {self.source} -> {self.destination} spi {self.spi:#010x}"

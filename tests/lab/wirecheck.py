@@ -1,7 +1,8 @@
 """Counts, in a capture of the lab's wire, the packets between two nodes that are neither ESP nor exempt.
 
-Exempt are the keying channel (849/tcp against a client port of 840-847), neighbour solicitation and advertisement,
-and the default of `ipsec.bypass`, tcp/22. Whatever cannot be shown to be exempt (a later fragment of TCP, a header cut
+ESP may be in UDP (4500 at both ends; a first word of 0 is IKE, RFC 3948 section 2.2). Exempt are the keying channel
+(849/tcp against a client port of 840-847), neighbour solicitation and advertisement, and the default of `ipsec.bypass`,
+tcp/22. Whatever cannot be shown to be exempt (a later fragment of TCP, a header cut
 short) counts as plaintext. ARP is not IP. Needs the standard library only: it runs in the lab under any Python.
 
 Formats: pcap of Ethernet, Linux cooked v1 and v2. Out of scope: pcapng, tunnels (they count as plaintext themselves).
@@ -39,6 +40,7 @@ ETHERTYPE_IPV6: Final = 0x86DD
 VLAN_TAGS: Final = frozenset({0x8100, 0x88A8, 0x9100})
 
 TCP: Final = 6
+UDP: Final = 17
 ESP: Final = 50
 ICMPV6: Final = 58
 IPV6_FRAGMENT: Final = 44
@@ -46,6 +48,7 @@ IPV6_EXTENSIONS: Final = frozenset({0, 43, 60, 135, 139, 140})  # each says its 
 NEIGHBOUR_DISCOVERY: Final = frozenset({135, 136})
 KEYING_SERVER: Final = 849
 KEYING_CLIENTS: Final = range(840, 848)
+ESP_IN_UDP: Final = 4500
 BYPASSED_TCP: Final = frozenset({22})
 
 
@@ -157,16 +160,19 @@ def _exempt(packet: Packet) -> bool:
             destination == KEYING_SERVER and source in KEYING_CLIENTS
         )
         return keying or source in BYPASSED_TCP or destination in BYPASSED_TCP
+    if packet.protocol == UDP and len(packet.payload) >= 12:
+        ports, spi = struct.unpack_from("!HH", packet.payload), packet.payload[8:12]
+        return ports == (ESP_IN_UDP, ESP_IN_UDP) and spi != bytes(4)
     return False
 
 
 def _describe(packet: Packet) -> str:
-    names = {TCP: "tcp", 17: "udp", 1: "icmp", ICMPV6: "icmp6", -1: "headers cut off"}
+    names = {TCP: "tcp", UDP: "udp", 1: "icmp", ICMPV6: "icmp6", -1: "headers cut off"}
     text = f"{ip_address(packet.source)} > {ip_address(packet.destination)} "
     text += names.get(packet.protocol, f"protocol {packet.protocol}")
     if packet.later_fragment:
         return f"{text}, later fragment"
-    if packet.protocol in (TCP, 17) and len(packet.payload) >= 4:
+    if packet.protocol in (TCP, UDP) and len(packet.payload) >= 4:
         source, destination = struct.unpack_from("!HH", packet.payload)
         text += f" {source} > {destination}"
     return f"{text}, {len(packet.payload)} bytes"

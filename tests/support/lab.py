@@ -47,8 +47,8 @@ class Lab:
         )
 
     def srd(self, node: str, verb: str) -> dict[str, Any]:
-        # The exit status tells health; what it says is wanted here.
-        return json.loads(self.on(node, "srd", verb, "-o", "json", check=False).stdout)
+        # The exit status tells health; what it says is wanted here, and that is nothing while no srd runs.
+        return json.loads(self.on(node, "srd", verb, "-o", "json", check=False).stdout or "{}")
 
     def get(self, node: str, path: str) -> Answer:
         said = self.on(

@@ -184,6 +184,18 @@ async def test_at_every_moment_of_the_first_pass_a_packet_meets_its_final_fate_o
     assert not trouble, trouble[0]
 
 
+async def test_esp_in_udp_may_come_in_and_nothing_may_leave_in_its_place() -> None:
+    text = dual_stack_toml(2) + '[ipsec]\nencap = "udp"\nencap_port = 4501\n'
+    config, kernel = parse_config(text, "cluster.toml"), FakeKernel(lambda: None)
+    node = config.node("redis-1")
+    await Mesh(config=config, node=node, socket=kernel, store=Store(0.0), wake=lambda: None).reconcile()
+    for here, there in zip(node.addresses, config.node("redis-2").addresses, strict=True):
+        assert kernel.fate(Packet(Direction.IN, there, here, UDP, 4501, 4501)) is Fate.PLAINTEXT
+        for ports in ((4501, 53), (53, 4501)):
+            assert kernel.fate(Packet(Direction.IN, there, here, UDP, *ports)) is Fate.DROPPED
+        assert kernel.fate(Packet(Direction.OUT, here, there, UDP, 4501, 4501)) is Fate.DROPPED
+
+
 async def test_an_outsider_reaches_neither_redis_nor_sentinel(world: World) -> None:
     await world.settle()
     me = ip_address("192.0.2.1")

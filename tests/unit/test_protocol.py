@@ -121,6 +121,19 @@ def test_ends_that_differ_in_anything_get_different_keys_or_none(change: str) ->
     assert mine.legs[0].key_in != theirs.legs[0].key_out
 
 
+@pytest.mark.parametrize(("leading", "following"), [(4500, None), (None, 4500), (4500, 4501)])
+def test_ends_that_differ_about_udp_make_no_keys_and_say_so(leading: int | None, following: int | None) -> None:
+    rng, export = random.Random(3), exporter(b"secret")
+    ends = (
+        Leader(replace(terms(ONE, TWO, rng), udp_port=leading), export),
+        Follower(replace(terms(TWO, ONE, rng), udp_port=following), export),
+    )
+    greetings = [said(list(end.start())) for end in ends]
+    for end, greeting in zip(ends, reversed(greetings), strict=True):
+        with pytest.raises(KeyingError, match=r"ESP in .* this node in .*: ipsec\.encap is not the same on both"):
+            end.hear(greeting)
+
+
 def replace_hello(message: Message, **changes: object) -> Message:
     assert isinstance(message, Hello)
     fields = {name: getattr(message, name) for name in message.__struct_fields__} | changes

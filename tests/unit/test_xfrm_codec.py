@@ -38,6 +38,7 @@ from srd.ipsec.xfrm import (
     Selector,
     SpdInfo,
     Template,
+    UdpEncapsulation,
     XfrmError,
     XfrmSocket,
 )
@@ -190,6 +191,18 @@ REQUESTS: dict[str, Call] = {
             esn=False,
             mark=Mark(7, 0xFF),
             lifetime=Lifetime(1000, 2000, 30, 40, 50, 60),
+        )
+    ),
+    "sa_udp_encapsulation": lambda s: s.add_sa(
+        sa(
+            source=A,
+            destination=B,
+            spi=0x10000007,
+            direction=Direction.OUT,
+            selector=FROM_A,
+            replay_window=0,
+            esn=False,
+            encapsulation=UdpEncapsulation(4500, 4501),
         )
     ),
     "sa_update_tunnel": lambda s: s.update_sa(
@@ -433,6 +446,7 @@ def sas(draw: st.DrawFn) -> Sa:
         replay_window=draw(st.integers(0, 4096)),
         lifetime=draw(st.builds(Lifetime, amount, amount, amount, amount, seconds, seconds)),
         esn=draw(st.booleans()),
+        encapsulation=draw(st.none() | st.builds(UdpEncapsulation, st.integers(1, 65535), st.integers(1, 65535))),
     )
 
 
@@ -444,7 +458,8 @@ def test_an_sa_survives_the_round_trip(*, wanted: Sa, with_direction: bool) -> N
     info = decode_reply(frame.type, frame.body)
     assert isinstance(info, SaInfo)
     assert KEY not in bytes(frame.body)
-    for name in ("source", "destination", "spi", "reqid", "mode", "selector", "lifetime", "esn", "mark"):
+    same = ("source", "destination", "spi", "reqid", "mode", "selector", "lifetime", "esn", "mark", "encapsulation")
+    for name in same:
         assert getattr(info, name) == getattr(wanted, name)
     assert info.direction == (wanted.direction if with_direction else None)
     if wanted.direction is Direction.IN:
