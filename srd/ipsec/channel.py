@@ -11,23 +11,20 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from OpenSSL import SSL, crypto
 
-from srd.ipsec.protocol import KeyingError, Message
+from srd.ipsec.protocol import KeyingError, M, Message, understood
 from srd.model import Credentials, Identity
 
 # Every message of a 1000-node cluster fits in a fraction of this; a peer that claims more is cut off.
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 _LENGTH: Final = struct.Struct(">I")
 _READ_BYTES: Final = 16 * 1024
-
-
-M = TypeVar("M", bound=Message)
 
 
 def tls_context(credentials: Credentials) -> SSL.Context:
@@ -112,17 +109,14 @@ class Channel:
             self._tls.sendall(_LENGTH.pack(len(body)) + body)
             await self._flush()
 
-    async def receive(self, union: Any, seconds: float) -> Any:
-        """Return the next message, one of the types in `union`; `KeyingError` when it is another, or none in time."""
+    async def receive(self, kind: type[M], seconds: float) -> M:
+        """Return the next message, which must be of this kind; `KeyingError` when it is another, or none in time."""
         async with _translated("read from", self.remote, seconds):
             length = _LENGTH.unpack(await self._exactly(_LENGTH.size))[0]
             if length > MAX_MESSAGE_BYTES:
                 raise KeyingError("read from", self.remote, f"a message of {length} bytes is too long")
             body = await self._exactly(length)
-        try:
-            return msgspec.msgpack.decode(body, type=union, strict=True)
-        except msgspec.DecodeError:
-            raise KeyingError("understand", self.remote, "a message that does not belong here") from None
+        return understood(body, kind, self.remote)
 
     def close(self) -> None:
         """End the connection at once; nothing waits."""

@@ -29,7 +29,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, ClassVar, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -123,6 +123,17 @@ class Beat(Message, frozen=True):
     healthy: bool
     offset: int | None
     wants_keys: bool
+
+
+M = TypeVar("M", bound=Message)
+
+
+def understood(body: bytes, kind: type[M], sender: str) -> M:
+    """Return the message that a body is; `KeyingError` when it is no message of that kind."""
+    try:
+        return msgspec.msgpack.decode(body, type=kind, strict=True)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # the latter for a text that is not UTF-8
+        raise KeyingError("understand", sender, "a message that does not belong here") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import random
 from typing import Final
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from unit.test_protocol import ALL, GRADES, ONE, TWO, exporter, terms
@@ -21,13 +22,14 @@ from srd.ipsec.protocol import (
     Follower,
     Hello,
     Install,
+    KeyingError,
     Leader,
-    Message,
     Pin,
     Prepare,
     Prepared,
     Retire,
     Say,
+    understood,
 )
 from srd.model import SrdError, Suite
 
@@ -62,10 +64,15 @@ def heard(end: End, body: bytes) -> list[Action] | None:
     if end.expects is None:
         return None
     try:
-        message: Message = msgspec.msgpack.decode(body, type=end.expects, strict=True)
-        return list(end.hear(message))
-    except (msgspec.DecodeError, SrdError):
+        return list(end.hear(understood(body, end.expects, "a peer")))
+    except SrdError:
         return None
+
+
+def test_a_text_that_is_not_utf_8_is_refused_as_anything_else_is() -> None:
+    for body in (b"\x96\xa3\x00\x00\x80", b"\x96\xa5Hello\x01\xa1\x80\x00\x80\x90"):
+        with pytest.raises(KeyingError, match="does not belong here"):
+            understood(body, Hello, "a peer")
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
