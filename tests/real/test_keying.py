@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import datetime as dt
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import msgspec
 import pytest
-from support.clusters import cluster_toml, make_bundles, nobody_joins, paths_of
+from support.clusters import cluster_toml, make_bundles, paths_of
+from support.keyings import FAST_AES, SOFTWARE_AES, esp, keying_of, running
 
 from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Node
 from srd.ipsec.exchange import STEP_SECONDS
-from srd.ipsec.keying import MAX_HANDSHAKES, STRANGER_PAUSE_SECONDS, Keying
+from srd.ipsec.keying import MAX_HANDSHAKES, STRANGER_PAUSE_SECONDS
 from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
 from srd.ipsec.protocol import KeyingError
 from srd.ipsec.sas import Generation
 from srd.ipsec.serials import SerialsFile
-from srd.model import Identity, IpsecMode, NodeKind, Role, SrdError, Suite, TimedOutError
+from srd.model import Identity, NodeKind, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime
-from srd.state import PeerReport, Store
-from srd.trust.authority import identify
 from srd.trust.bundle import Bundle, load_bundle
 from srd.trust.issuing import add_node, renew_node
-
-SOFTWARE_AES = {Suite.AES_256_GCM: 1, Suite.CHACHA20_POLY1305: 2}
-FAST_AES = {Suite.AES_256_GCM: 3, Suite.CHACHA20_POLY1305: 2}
 
 
 class Tables:
@@ -84,65 +77,6 @@ class NodeTables:
     async def discard(self, generation: Generation) -> None:
         for leg in generation.legs:
             self.tables.inbound.pop((self.node, leg.spi_in), None)
-
-
-class Remembered:
-    """By which certificates keys were made, in memory."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, int] = {}
-        self.of = self.known.get
-        self.note = self.known.__setitem__
-
-
-def esp(bundle: Bundle) -> Bundle:
-    """Return the bundle with ipsec.mode on: loopback addresses are refused by the file, but key as any other."""
-    section = msgspec.structs.replace(bundle.config.ipsec, mode=IpsecMode.ESP)
-    return dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, ipsec=section))
-
-
-def keying_of(
-    bundle: Bundle,
-    tables: Tables,
-    grades: dict[Suite, int],
-    wanting: AbstractSet[str] = frozenset(),
-    join: Callable[[Identity], Awaitable[None]] = nobody_joins,
-) -> tuple[Keying, Store]:
-    """Return a node's keying and its store; it wants new keys with the peers that are in `wanting`."""
-    store = Store(boottime())
-    keying = Keying(
-        config=bundle.config,
-        node=bundle.node,
-        credentials=bundle.credentials,
-        identify=identify,
-        boot_id=f"boot-of-{bundle.node.name}",
-        grades=grades,
-        installer=tables.of(bundle.node.name),
-        store=store,
-        report=lambda: PeerReport(
-            bundle.node.name, boottime(), "0.1.0", initialized=False, role=Role.UNKNOWN, healthy=False
-        ),
-        wants_keys=lambda peer: peer in wanting,
-        mark=None,
-        serials=Remembered(),
-        join=join,
-    )
-    return keying, store
-
-
-@contextlib.asynccontextmanager
-async def running(*keyings: Keying) -> AsyncIterator[None]:
-    listeners = [keying.listen() for keying in keyings]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(keying.run(bound)) for keying, bound in zip(keyings, listeners, strict=True)]
-            yield
-            for task in tasks:
-                task.cancel()
-    finally:
-        for bound in listeners:
-            for listener in bound:
-                listener.close()
 
 
 @pytest.fixture
