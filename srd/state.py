@@ -89,13 +89,17 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """The keying connection to one peer. `since` and `established` are CLOCK_BOOTTIME seconds."""
+    """The keying connection to one peer. `since`, `established` and `renewal` are CLOCK_BOOTTIME seconds.
+
+    `renewal` is when this end asks for new keys at the latest; the other end may sooner.
+    """
 
     peer: str
     connected: bool
     since: float
     generation: int = 0
     established: float | None = None
+    renewal: float | None = None
     group: str | None = None
     suite: Suite | None = None
     suite_reason: str | None = None

@@ -27,6 +27,7 @@ VERBS: Final[dict[str, Verb]] = {
     "status": Verb("srd.cli.show:status_command", "Show this node on one screen; the exit status is its health."),
     "list": Verb("srd.cli.show:list_command", "Show every node of the cluster."),
     "links": Verb("srd.cli.show:links_command", "Show the protection of every link between nodes."),
+    "verify": Verb("srd.cli.verify:verify_command", "Prove that what passes between the nodes is inside ESP."),
     "children": Verb("srd.cli.show:children_command", "Show redis, sentinel and stunnel as this node runs them."),
     "rekey": Verb("srd.cli.act:rekey_command", "Have new keys made with a peer, or with all."),
     "reload": Verb("srd.cli.act:reload_command", "Take a changed bundle in, without a restart."),

@@ -52,7 +52,7 @@ async def _teardown(paths: Paths) -> str:
     _refuse_beside_srd(paths, _OPERATION)
     async with xfrm.XfrmSocket() as kernel:
         for port in sorted(teardown.protected_ports(await teardown.owned(kernel))):
-            if (listener := listener_of(port)) is not None:
+            if (listener := listener_of(port, for_others=True)) is not None:
                 raise RefusedError(
                     _OPERATION,
                     "",

@@ -109,7 +109,11 @@ def _links(document: Document) -> None:
         click.echo("ipsec.mode is off: everything between the nodes is in plaintext")
         return
     rows = [_leg_row(link, leg) for link in document["links"] for leg in link["legs"] or [{}]]
-    print_table(["PEER", "ADDRESS", "STATE", "SUITE", "KEY EXCHANGE", "AGE", "SPI IN/OUT", "IN / OUT", "DROPS"], rows)
+    columns = ["PEER", "ADDRESS", "STATE", "SUITE", "KEY EXCHANGE", "AGE", "NEXT", "SPI IN/OUT", "IN / OUT", "PACKETS"]
+    print_table([*columns, "DROPS"], rows)
+    for link in document["links"]:
+        if link["suite_reason"]:
+            click.echo(f"{link['peer']}: {_SUITES.get(link['suite'], link['suite'])}, because {link['suite_reason']}")
     for link in document["links"]:
         error = (link["channel"] or {}).get("last_error")
         if error:
@@ -127,8 +131,10 @@ def _leg_row(link: Document, leg: Document) -> list[str]:
         cell(_SUITES.get(link["suite"], link["suite"])),
         cell(channel.get("key_exchange")),
         duration(channel.get("key_age_seconds")),
+        duration(channel.get("next_rekey_seconds")),
         f"{cell(leg.get('spi_in'))}/{cell(leg.get('spi_out'))}",
         f"{size(leg.get('bytes_in'))} / {size(leg.get('bytes_out'))}",
+        f"{cell(leg.get('packets_in'))} / {cell(leg.get('packets_out'))}",
         cell(leg["replay_drops"] + leg["integrity_failures"] if leg else None),
     ]
 

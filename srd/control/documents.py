@@ -54,6 +54,9 @@ def links(situation: Situation, _version: str) -> Document:
     s = situation
     return _head(s) | {
         "required": s.config.ipsec.mode is IpsecMode.ESP,
+        "protected_ports": [s.config.redis.port, s.config.sentinel.port],
+        "bypass": [str(entry) for entry in s.config.bypass],
+        "udp_port": s.config.udp_port,
         "links": [_link(s, peer) for peer in s.config.peers_of(s.node.name)],
         "kernel": None
         if s.view.kernel is None
@@ -200,6 +203,7 @@ def _link(s: Situation, peer: Node) -> Document:
     link, channel = s.view.links.get(peer.name), s.view.channels.get(peer.name)
     return {
         "peer": peer.name,
+        "kind": peer.kind,
         "address": str(peer.address),
         "protected": link is not None and link.protected,
         "suite": link.suite if link is not None else None,
@@ -226,6 +230,7 @@ def _link(s: Situation, peer: Node) -> Document:
             "connected": channel.connected,
             "generation": channel.generation,
             "key_age_seconds": _since(s, channel.established),
+            "next_rekey_seconds": _seconds(max(0.0, channel.renewal - s.now)) if channel.renewal is not None else None,
             "key_exchange": channel.group,
             "keyings": channel.keyings,
             "failures": channel.failures,

@@ -189,11 +189,8 @@ class Peering:
         The one that is replaced ends with the first heartbeat on its successor, by which both ends know of that:
         were it closed before, the other end would take it for a failure.
         """
-        # Each pair at a time of its own, so that a mesh never renews all its keys at once.
-        old_at = boottime() + REKEY_SECONDS * (1 - random.uniform(0, REKEY_JITTER))  # noqa: S311 - no secret
-
         try:
-            await until_first(partial(self._listen, channel), partial(self._speak, channel, old_at))
+            await until_first(partial(self._listen, channel), partial(self._speak, channel))
         except KeyingError as error:
             if self._live is channel:
                 self._live = None
@@ -214,9 +211,10 @@ class Peering:
                 if beat.wants_keys:
                     self._due.set()
 
-    async def _speak(self, channel: TlsChannel, old_at: float) -> None:
+    async def _speak(self, channel: TlsChannel) -> None:
         while True:
-            if self._live is channel and (self._wants_keys(self.peer.name) or boottime() >= old_at):
+            old = self._record.renewal is not None and boottime() >= self._record.renewal
+            if self._live is channel and (old or self._wants_keys(self.peer.name)):
                 self._due.set()
             await channel.send(self._beat(self._due.is_set()))
             await asyncio.sleep(BEAT_SECONDS)
@@ -240,6 +238,8 @@ class Peering:
                 since=known.since if known.connected else now,
                 generation=generation.number,
                 established=now,
+                # Each pair at a time of its own, so that a mesh never renews all its keys at once.
+                renewal=now + REKEY_SECONDS * (1 - random.uniform(0, REKEY_JITTER)),  # noqa: S311 - no secret
                 group=channel.group,
                 suite=generation.suite,
                 suite_reason=generation.suite_reason,

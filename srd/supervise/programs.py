@@ -7,13 +7,14 @@ import errno
 import os
 import shutil
 import socket
+import sys
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
 from srd.config import Config, Node
-from srd.model import SYSTEM_PATH, ConfigError, Endpoint, Paths, PermissionRefusedError, Service, SrdError
+from srd.model import SYSTEM_PATH, ConfigError, Endpoint, IpAddress, Paths, PermissionRefusedError, Service, SrdError
 from srd.state import services_of
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
 from srd.supervise.files import Owner, find_owner
@@ -146,9 +147,13 @@ def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
     return SrdError("listen on", str(endpoint), error.strerror or str(error))
 
 
-def listener_of(port: int) -> str | None:
-    """Return «pid 12 (name)» of who listens on a TCP port, «another program» if that is hidden, None if nobody does."""
-    inodes = {f"socket:[{inode}]" for table in ("tcp", "tcp6") for inode in _listening_inodes(table, port)}
+def listener_of(port: int, *, for_others: bool = False) -> str | None:
+    """Return «pid 12 (name)» of who listens on a TCP port, «another program» if that is hidden, None if nobody does.
+
+    `for_others` leaves out who can be reached from this machine only, on a loopback address.
+    """
+    rows = [row for table in ("tcp", "tcp6") for row in _listening(table, port)]
+    inodes = {f"socket:[{inode}]" for address, inode in rows if not (for_others and address.is_loopback)}
     if not inodes:
         return None
     for process in sorted(_PROC.glob("[0-9]*")):
@@ -160,10 +165,20 @@ def listener_of(port: int) -> str | None:
     return "another program"
 
 
-def _listening_inodes(table: str, port: int) -> list[str]:
+def _listening(table: str, port: int) -> list[tuple[IpAddress, str]]:
+    """Return address and inode of each socket that listens on the port."""
     try:
         lines = (_PROC / "net" / table).read_text(encoding="ascii").splitlines()[1:]
     except FileNotFoundError:  # a kernel without IPv6
         return []
     rows = [line.split() for line in lines]
-    return [row[9] for row in rows if row[3] == _TCP_LISTEN and int(row[1].rpartition(":")[2], 16) == port]
+    ends = ((*row[1].split(":"), row[9]) for row in rows if row[3] == _TCP_LISTEN)
+    return [(_proc_address(address), inode) for address, number, inode in ends if int(number, 16) == port]
+
+
+def _proc_address(text: str) -> IpAddress:
+    """Read an address as /proc/net/tcp has it: words of 32 bits, each in the order of bytes of this machine."""
+    words = [int(text[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(text), 8)]
+    address = ip_address(b"".join(words))
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address

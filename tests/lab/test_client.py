@@ -30,6 +30,7 @@ def app(lab: Lab) -> Iterator[str]:
     os.kill(lab.srd_pid(STATION), signal.SIGTERM)
     lab.wait(lambda: not Path(f"/proc/{lab.srd_pid(STATION)}").exists(), "the client's srd has ended")
     lab.on(STATION, "srd", "teardown", "--yes")
+    lab.wait_whole()  # asked from there
 
 
 def links(lab: Lab, node: str) -> dict[str, bool]:
@@ -62,4 +63,3 @@ def test_a_client_joins_live_reads_redis_inside_esp_survives_a_restart_and_is_pu
         lab.wait(lambda: lab.srd(STATION, "status")["health"] == "degraded", "the client notices")
     assert flow.lost == 0
     assert flow.sent > 100
-    lab.wait_whole()

@@ -1,8 +1,8 @@
 """Counts, in a capture of the lab's wire, the packets between two nodes that are neither ESP nor exempt.
 
 ESP may be in UDP (4500 at both ends; a first word of 0 is IKE, RFC 3948 section 2.2). Exempt are the keying channel
-(849/tcp against a client port of 840-847), neighbour solicitation and advertisement, and the default of `ipsec.bypass`,
-tcp/22. Whatever cannot be shown to be exempt (a later fragment of TCP, a header cut
+(849/tcp against a client port of 840-847), neighbour solicitation and advertisement, the default of `ipsec.bypass`, tcp/22,
+and the probe of `srd verify`: a SYN alone, without data, whose sequence number is "srdv". Whatever cannot be shown to be exempt (a later fragment of TCP, a header cut
 short) counts as plaintext. ARP is not IP. Needs the standard library only: it runs in the lab under any Python.
 
 Formats: pcap of Ethernet, Linux cooked v1 and v2. Out of scope: pcapng, tunnels (they count as plaintext themselves).
@@ -126,7 +126,8 @@ def _ipv4(body: bytes) -> Packet | None:
     if len(body) < 20:
         return None
     later_fragment = int.from_bytes(body[6:8]) & 0x1FFF != 0
-    return Packet(body[12:16], body[16:20], body[9], later_fragment, body[(body[0] & 0x0F) * 4 :])
+    length = int.from_bytes(body[2:4])  # a short frame is padded behind it
+    return Packet(body[12:16], body[16:20], body[9], later_fragment, body[(body[0] & 0x0F) * 4 : length])
 
 
 def _ipv6(body: bytes) -> Packet | None:
@@ -159,7 +160,8 @@ def _exempt(packet: Packet) -> bool:
         keying = (source == KEYING_SERVER and destination in KEYING_CLIENTS) or (
             destination == KEYING_SERVER and source in KEYING_CLIENTS
         )
-        return keying or source in BYPASSED_TCP or destination in BYPASSED_TCP
+        probe = packet.payload[4:8] == b"srdv" and packet.payload[13:14] == b"\x02" and len(packet.payload) == 20
+        return keying or probe or source in BYPASSED_TCP or destination in BYPASSED_TCP
     if packet.protocol == UDP and len(packet.payload) >= 12:
         ports, spi = struct.unpack_from("!HH", packet.payload), packet.payload[8:12]
         return ports == (ESP_IN_UDP, ESP_IN_UDP) and spi != bytes(4)

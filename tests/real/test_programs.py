@@ -24,6 +24,7 @@ from srd.supervise.programs import (
     check_programs,
     find_program,
     listen_endpoints,
+    listener_of,
 )
 
 OWN_NAME = pwd.getpwuid(os.geteuid()).pw_name
@@ -155,6 +156,21 @@ def test_who_has_the_port_is_named(family: socket.AddressFamily, address: str, w
         assert error is not None
         assert f"pid {os.getpid()} (" in str(error)
     assert check_endpoint(endpoint) is None
+
+
+@pytest.mark.parametrize(
+    ("address", "for_others"),
+    [("127.0.0.1", False), ("::1", False), ("::ffff:127.0.0.1", False), ("0.0.0.0", True), ("::", True)],
+)
+def test_a_listener_on_loopback_is_nothing_that_others_reach(address: str, *, for_others: bool) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.bind((address, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        mine = f"pid {os.getpid()} "
+        assert (listener_of(port) or "").startswith(mine)
+        assert (listener_of(port, for_others=True) or "").startswith(mine) == for_others
 
 
 def test_a_listener_on_another_address_is_not_in_the_way() -> None:

@@ -56,6 +56,7 @@ def count(*packets: bytes) -> int:
         ipv6(FRAGMENT, bytes([ESP, 0, 0x05, 0xC8, 0, 0, 0, 1]) + bytes(40)),
         ipv6(DESTINATION_OPTIONS, bytes([ESP, 0, 1, 4, 0, 0, 0, 0]) + bytes(40)),
         ipv4(UDP, struct.pack("!HHHHI", 4500, 4500, 48, 0, 0x1000) + bytes(36)),
+        ipv4(TCP, struct.pack("!HH4sIBBHHH", 50000, 6379, b"srdv", 0, 0x50, 0x02, 0, 0, 0)),
         ipv4(TCP, ports(840, 849)),
         ipv4(TCP, ports(849, 847)),
         ipv6(TCP, ports(843, 849)),
@@ -77,6 +78,8 @@ def test_esp_the_exemptions_and_other_stations_do_not_count(packet: bytes) -> No
     [
         (ipv4(TCP, ports(50000, 6379)), "192.168.205.10 > 192.168.205.11 tcp 50000 > 6379"),
         (ipv6(TCP, ports(6379, 50000)), "fd00:205::10 > fd00:205::11 tcp 6379 > 50000"),
+        (ipv4(TCP, struct.pack("!HH4sIBBHHH", 1, 6379, b"srdv", 0, 0x50, 0x10, 0, 0, 0)), "tcp 1 > 6379"),
+        (ipv4(TCP, struct.pack("!HH4sIBBHHH", 1, 6379, b"srdv", 0, 0x50, 0x02, 0, 0, 0) + b"x"), "tcp 1 > 6379"),
         (ipv4(TCP, ports(848, 849)), "tcp 848 > 849"),
         (ipv4(TCP, ports(839, 849)), "tcp 839 > 849"),
         (ipv4(TCP, ports(849, 849)), "tcp 849 > 849"),
