@@ -99,13 +99,13 @@ class Channel:
     since: float
     generation: int = 0
     established: float | None = None
-    renewal: float | None = None
     group: str | None = None
     suite: Suite | None = None
     suite_reason: str | None = None
     keyings: int = 0
     failures: int = 0
     last_error: str | None = None
+    renewal: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Counts, in a capture of the lab's wire, the packets between two nodes that are neither ESP nor exempt.
 
 ESP may be in UDP (4500 at both ends; a first word of 0 is IKE, RFC 3948 section 2.2). Exempt are the keying channel
-(849/tcp against a client port of 840-847), neighbour solicitation and advertisement, the default of `ipsec.bypass`, tcp/22,
-and the probe of `srd verify`: a SYN alone, without data, whose sequence number is "srdv". Whatever cannot be shown to be exempt (a later fragment of TCP, a header cut
-short) counts as plaintext. ARP is not IP. Needs the standard library only: it runs in the lab under any Python.
+(849/tcp against a client port of 840-847), neighbour solicitation and advertisement, the default of `ipsec.bypass`,
+tcp/22, and the probe of `srd verify`: a SYN alone, without data, whose sequence number is "srdv". Whatever cannot be
+shown to be exempt (a later fragment of TCP, a header cut short) counts as plaintext. ARP is not IP. Needs the standard
+library only: it runs in the lab under any Python.
 
 Formats: pcap of Ethernet, Linux cooked v1 and v2. Out of scope: pcapng, tunnels (they count as plaintext themselves).
 """
