@@ -13,8 +13,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network
 from types import TracebackType
@@ -22,35 +21,36 @@ from typing import Final, Self, TypeVar
 
 from srd.ipsec import xfrm_abi as abi
 from srd.ipsec import xfrm_encode as encode
-from srd.ipsec.xfrm_abi import Group, Message
+from srd.ipsec.xfrm_abi import Message
 from srd.ipsec.xfrm_decode import decode_reply
+from srd.ipsec.xfrm_errors import (
+    AlreadyExistsError,
+    MalformedError,
+    MissingError,
+    NotPermittedError,
+    NotSupportedError,
+    XfrmError,
+)
+from srd.ipsec.xfrm_events import XfrmEvents
 from srd.ipsec.xfrm_netlink import (
-    RECEIVE_BUFFER,
     REMEDIES,
-    AsyncXfrmEventSocket,
     AsyncXfrmSocket,
     Bodies,
     KernelError,
     RawMessage,
     exchange,
-    receive,
 )
 from srd.ipsec.xfrm_types import (
     Acquire,
     Action,
     Aead,
-    AlreadyExistsError,
     Direction,
     Expired,
     IpAddress,
     IpNetwork,
     Lifetime,
-    MalformedError,
     Mark,
-    MissingError,
     Mode,
-    NotPermittedError,
-    NotSupportedError,
     Overrun,
     Policy,
     PolicyChanged,
@@ -68,7 +68,6 @@ from srd.ipsec.xfrm_types import (
     SpdInfo,
     Template,
     UdpEncapsulation,
-    XfrmError,
     XfrmEvent,
 )
 
@@ -117,9 +116,9 @@ __all__ = [
 T = TypeVar("T")
 
 REQUEST_TIMEOUT: Final = 5.0  # the kernel answers within its send(); a dump of 4000 SAs takes 0.08 s
-# Where the kernel answers with data, an ACK would come after it and be nobody's.
 # Some 40 KiB in a datagram; the kernel copies it whole, and answers before send() returns.
 _BATCH: Final = 128
+# Where the kernel answers with data, an ACK would come after it and be nobody's.
 _ANSWERED: Final = abi.NLM_F_REQUEST
 _ACKED: Final = abi.NLM_F_REQUEST | abi.NLM_F_ACK
 _DUMPED: Final = abi.NLM_F_REQUEST | abi.NLM_F_DUMP
@@ -317,90 +316,6 @@ class PolicyTable:
     def policies(self) -> list[PolicyInfo]:
         """Decode them; MalformedError where one can't be read."""
         return _only(PolicyInfo, [decode_reply(Message.NEWPOLICY, memoryview(body)) for body in self._bodies])
-
-
-class XfrmEvents:
-    """What happens to the tables: `async with XfrmEvents() as events: async for event in events: ...`.
-
-    Read the tables only after entering, then nothing is missed. When events were lost an Overrun comes in their
-    place, and the subscription has been renewed by then. A wait may be cut off (asyncio.timeout) without loss.
-
-    Listening to `acquire` makes the kernel create a larval SA for each packet that has none: only for a key manager.
-    """
-
-    def __init__(self, *, acquire: bool = False, receive_buffer: int = RECEIVE_BUFFER) -> None:
-        self._groups = (Group.SA, Group.POLICY, Group.EXPIRE, *((Group.ACQUIRE,) if acquire else ()))
-        self._receive_buffer = receive_buffer
-        self._core: AsyncXfrmEventSocket | None = None
-        self._ready: deque[XfrmEvent] = deque()
-        self._closed = False
-
-    async def __aenter__(self) -> Self:
-        await self._subscribe()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the subscription, and with it a waiting iteration."""
-        self._closed = True
-        self._drop()
-
-    def __aiter__(self) -> AsyncIterator[XfrmEvent]:
-        return self
-
-    async def __anext__(self) -> XfrmEvent:
-        while not self._ready:
-            if self._closed:
-                raise StopAsyncIteration
-            if self._core is None:
-                await self._subscribe()
-                self._ready.append(Overrun("events were lost while there was no subscription"))
-            else:
-                await self._receive(self._core)
-        return self._ready.popleft()
-
-    async def _receive(self, core: AsyncXfrmEventSocket) -> None:
-        """Wait for one datagram; all of its events become ready at once."""
-        try:
-            self._ready.extend(await receive(core))
-        except MalformedError as error:
-            self._ready.append(Overrun(error.reason))
-        except (KernelError, OSError) as error:
-            self._drop()
-            if not self._closed:
-                code = error.code if isinstance(error, KernelError) else error.errno or errno.EIO
-                await self._subscribe()  # should this fail, the next `__anext__` tries again
-                self._ready.append(Overrun(os.strerror(code)))
-
-    async def _subscribe(self) -> None:
-        core = AsyncXfrmEventSocket(self._receive_buffer)
-        try:
-            await core.setup_endpoint()
-            core.socket.bind((0, 0))  # an address is needed to be sent anything; pyroute2's bind() hides why it fails
-            for group in self._groups:
-                core.add_membership(group)
-        except OSError as error:
-            core.close()
-            failure = KernelError(error.errno or errno.EIO, "")
-        except BaseException:
-            core.close()
-            raise
-        else:
-            self._drop()
-            self._core = core
-            if self._closed:  # meanwhile
-                self._drop()
-            return
-        raise failure.explain("listen to", "the XFRM events")
-
-    def _drop(self) -> None:
-        if self._core is not None:
-            self._core.close()
-            self._core = None
 
 
 async def try_aead(socket_: XfrmSocket, name: str, key_bytes: int = 36) -> None:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from srd.ipsec.xfrm_types import MalformedError
+from srd.ipsec.xfrm_errors import MalformedError
 
 
 class Message(enum.IntEnum):

@@ -14,6 +14,7 @@ from typing import Final
 
 from srd.ipsec import xfrm_abi as abi
 from srd.ipsec.xfrm_abi import Attribute, Message
+from srd.ipsec.xfrm_errors import MalformedError
 from srd.ipsec.xfrm_types import (
     Acquire,
     Action,
@@ -22,7 +23,6 @@ from srd.ipsec.xfrm_types import (
     IpAddress,
     IpNetwork,
     Lifetime,
-    MalformedError,
     Mark,
     Mode,
     Policy,

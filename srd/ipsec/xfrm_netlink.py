@@ -20,15 +20,15 @@ from pyroute2.netlink.nlsocket import AsyncNetlinkSocket, NetlinkRequest  # type
 from srd.ipsec import xfrm_abi as abi
 from srd.ipsec.xfrm_abi import Message
 from srd.ipsec.xfrm_decode import decode_error, decode_event, decode_reply
-from srd.ipsec.xfrm_types import (
+from srd.ipsec.xfrm_errors import (
     AlreadyExistsError,
     MalformedError,
     MissingError,
     NotPermittedError,
     NotSupportedError,
     XfrmError,
-    XfrmEvent,
 )
+from srd.ipsec.xfrm_types import XfrmEvent
 
 NETLINK_CAP_ACK: Final = 10
 SO_RCVBUFFORCE: Final = 33
