@@ -170,6 +170,7 @@ class Config:
     http: HttpSection
     bypass: tuple[Bypass, ...]
     revoked: frozenset[int] = frozenset()
+    parting_udp_port: int | None = None  # of ESP in UDP, of keys that were made by a former file and may be in use
 
     @property
     def suites(self) -> tuple[Suite, ...]:
@@ -180,6 +181,11 @@ class Config:
     def udp_port(self) -> int | None:
         """The port of ESP in UDP on every node, None for ESP alone."""
         return self.ipsec.encap_port if self.ipsec.mode is IpsecMode.ESP and self.ipsec.encap == "udp" else None
+
+    @property
+    def udp_ports(self) -> tuple[int, ...]:
+        """The ports that ESP in UDP may come in at."""
+        return tuple(sorted({port for port in (self.udp_port, self.parting_udp_port) if port is not None}))
 
     def node(self, name: str) -> Node:
         """Return the node of that name; `KeyError` when the file has none."""

@@ -145,11 +145,10 @@ def _pair_rules(
     marked = way is Way.OUT  # received packets carry no mark; both ports bound the inbound side
     yield flow(TCP, here=_exactly(KEYING_PORT), there=clients, marked=marked), Rule(Rank.KEYING, Treatment.PASS)
     yield flow(TCP, here=clients, there=_exactly(KEYING_PORT), marked=marked), Rule(Rank.KEYING, Treatment.PASS)
-    if config.udp_port is not None and way is Way.IN:
+    for port in config.udp_ports if way is Way.IN else ():
         # ESP in UDP meets the policies before it is taken out of UDP. What else comes there ends in a socket that
         # nobody reads; and none leaves from there: a program that sends from this port would have to share it with srd.
-        both = _exactly(config.udp_port)
-        yield flow(UDP, here=both, there=both), Rule(Rank.ENCAPSULATION, Treatment.PASS)
+        yield flow(UDP, here=_exactly(port), there=_exactly(port)), Rule(Rank.ENCAPSULATION, Treatment.PASS)
     for bypass in config.bypass:
         protocol = TCP if bypass.protocol == "tcp" else UDP
         yield flow(protocol, here=_exactly(bypass.port)), Rule(Rank.EXEMPTION, Treatment.PASS)

@@ -5,7 +5,9 @@ Wires the reconcilers of that wing to one another and to the kernel's events. Wi
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -33,16 +35,17 @@ class Protection:
 
     def __init__(self, *, config: Config, node: Node, store: Store, kernel: xfrm.XfrmSocket, run_dir: Path) -> None:
         self._config = config
+        self._view = store.view
+        self._one_change = asyncio.Lock()
         self.mesh = Mesh(config=config, node=node, socket=kernel, store=store, wake=self._wake)
         self._net = SecondNet(config=config, node=node, store=store)
         self._encapsulation = Encapsulation(config=config, node=node, run_dir=run_dir)
         self._mesh_loop = Loop("mesh", self.mesh.reconcile, resync=MESH_RESYNC_SECONDS, timeout=PASS_SECONDS)
         self._net_loop = Loop("second net", self._net.reconcile, resync=NET_RESYNC_SECONDS, timeout=PASS_SECONDS)
-        encapsulation = self._encapsulation.reconcile
         self.loops = (
             self._mesh_loop,
             self._net_loop,
-            Loop("ESP in UDP", encapsulation, resync=ENCAPSULATION_RESYNC_SECONDS, timeout=PASS_SECONDS),
+            Loop("ESP in UDP", self._keep_udp, resync=ENCAPSULATION_RESYNC_SECONDS, timeout=PASS_SECONDS),
         )
         self.bodies: tuple[Body, ...] = (
             *(loop.run for loop in self.loops),
@@ -59,15 +62,29 @@ class Protection:
 
     async def adopt(self, config: Config) -> None:
         """Protect the links of a changed file; when this returns, the policies stand and ESP in UDP can come in."""
+        async with self._one_change:
+            former = self._config
+            parting = former.parting_udp_port if former.udp_port == config.udp_port else former.udp_port
+            await self._adopt(replace(config, parting_udp_port=parting))
+
+    async def _adopt(self, config: Config) -> None:
         former, self._config = self._config, config
         await self.mesh.adopt(config)
         self._encapsulation.adopt(config)
         self._net.adopt(config)
-        if former.udp_port == config.udp_port:
+        if former.udp_ports == config.udp_ports:
             self._net_loop.wake()
         else:  # keys that are made from now on are used in UDP, which must find its way
             await self._encapsulation.reconcile()
             await self._net.reconcile()
+
+    async def _keep_udp(self) -> None:
+        """Keep the sockets; close the port of a former file when no SA is for it any more."""
+        async with self._one_change:
+            kernel, parting = self._view().kernel, self._config.parting_udp_port
+            if parting is not None and kernel is not None and parting not in kernel.udp_ports:
+                await self._adopt(replace(self._config, parting_udp_port=None))
+        await self._encapsulation.reconcile()
 
     async def forget(self, peers: Iterable[str]) -> None:
         """Give up the keys with peers whose certificate is revoked."""

@@ -181,12 +181,16 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What the XFRM reconciler found. `xfrm_errors` are the counters of /proc/net/xfrm_stat that are not zero."""
+    """What the XFRM reconciler found. `xfrm_errors` are the counters of /proc/net/xfrm_stat that are not zero.
+
+    `udp_ports` are those of ESP in UDP that some SA is for.
+    """
 
     policies_installed: bool
     foreign_overrides: tuple[str, ...] = ()
     drift_mended: int = 0
     xfrm_errors: Mapping[str, int] = field(default_factory=dict)
+    udp_ports: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

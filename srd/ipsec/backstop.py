@@ -43,7 +43,7 @@ class Scope:
     pairs: tuple[tuple[IpAddress, IpAddress], ...]
     protected: tuple[int, ...]
     bypass: tuple[tuple[str, int], ...]
-    udp_port: int | None = None  # of ESP in UDP
+    udp_ports: tuple[int, ...] = ()  # of ESP in UDP
 
     def of(self, version: int) -> tuple[tuple[IpAddress, IpAddress], ...]:
         """Return the pairs of one IP family."""
@@ -57,7 +57,7 @@ def scope_of(config: Config, node: Node) -> Scope:
         pairs=tuple(pair for peer in peers for pair in leg_addresses(node, peer)),
         protected=(config.redis.port, config.sentinel.port),
         bypass=tuple((entry.protocol, entry.port) for entry in config.bypass),
-        udp_port=config.udp_port,
+        udp_ports=config.udp_ports,
     )
 
 
@@ -109,8 +109,7 @@ def _nft_rules(scope: Scope, way: str) -> Iterator[str]:
     yield f"icmpv6 type {{ {', '.join(map(str, NEIGHBOUR_DISCOVERY_TYPES))} }} accept"
     yield f"{mark}tcp sport {KEYING_PORT} tcp dport {low}-{high} accept"
     yield f"{mark}tcp dport {KEYING_PORT} tcp sport {low}-{high} accept"
-    if scope.udp_port is not None:
-        yield f"udp sport {scope.udp_port} udp dport {scope.udp_port} accept"
+    yield from (f"udp sport {port} udp dport {port} accept" for port in scope.udp_ports)
     for protocol, port in scope.bypass:
         yield f"{protocol} sport {port} accept"
         yield f"{protocol} dport {port} accept"
@@ -168,8 +167,7 @@ def _iptables_rules(scope: Scope, version: int, way: str) -> Iterator[str]:
         yield from (f"-p ipv6-icmp --icmpv6-type {kind} -j RETURN" for kind in NEIGHBOUR_DISCOVERY_TYPES)
     yield f"{mark}-p tcp --sport {KEYING_PORT} --dport {low}:{high} -j RETURN"
     yield f"{mark}-p tcp --dport {KEYING_PORT} --sport {low}:{high} -j RETURN"
-    if scope.udp_port is not None:
-        yield f"-p udp --sport {scope.udp_port} --dport {scope.udp_port} -j RETURN"
+    yield from (f"-p udp --sport {port} --dport {port} -j RETURN" for port in scope.udp_ports)
     for protocol, port in scope.bypass:
         yield f"-p {protocol} --sport {port} -j RETURN"
         yield f"-p {protocol} --dport {port} -j RETURN"

@@ -49,8 +49,7 @@ class _Holder(msgspec.Struct, frozen=True):
 
 def endpoints_of(config: Config, node: Node) -> tuple[Endpoint, ...]:
     """Return where ESP in UDP comes in; nowhere when it is not used."""
-    port = config.udp_port
-    return () if port is None else tuple(Endpoint(address, port) for address in node.addresses)
+    return tuple(Endpoint(address, port) for port in config.udp_ports for address in node.addresses)
 
 
 def open_socket(endpoint: Endpoint) -> socket.socket:

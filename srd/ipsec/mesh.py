@@ -249,7 +249,7 @@ class Mesh:
             for policy in judged.former:
                 await self._socket.delete_policy(policy)
             self._seen = Observed(judged.pins, judged.exposed, grouped(kept))
-            self._publish(judged.conflicts)
+            self._publish(judged.conflicts, kept)
             self._judged = judged if judged.clean else None
             self._settled = True
 
@@ -361,7 +361,7 @@ class Mesh:
         except xfrm.MissingError:
             log.debug("the SA was gone already", destination=str(destination), spi=f"{spi:#010x}")
 
-    def _publish(self, conflicts: tuple[str, ...]) -> None:
+    def _publish(self, conflicts: tuple[str, ...], sas: Iterable[xfrm.SaInfo]) -> None:
         self._links = {name: link(self._node, peer.node, peer.keys, self._seen) for name, peer in self._peers.items()}
         self._write_kernel(
             Kernel(
@@ -369,6 +369,7 @@ class Mesh:
                 foreign_overrides=conflicts,
                 drift_mended=self._drift,
                 xfrm_errors=read_xfrm_errors(),
+                udp_ports=frozenset(sa.encapsulation.destination_port for sa in sas if sa.encapsulation is not None),
             )
         )
         self._write_links(self._links)

@@ -66,6 +66,9 @@ def test_esp_in_udp_is_taken_up_live_passes_where_esp_does_not_and_outlives_srd(
     print(f"\n{passed} packets of ESP in UDP, {flow.sent} pings, {flow.lost} lost")  # noqa: T201 - figures for people
     assert (flow.lost, dropped) == (0, 0)
     assert passed > flow.sent
-    edited(lab, lab.nodes, whole)
-    lab.wait(lambda: not any("espinudp" in xfrm(lab, other, "state") for other in lab.nodes), "no SA is in UDP")
+    with pinging(node, peer, "0.05") as changing:
+        edited(lab, lab.nodes, whole)
+        lab.wait(lambda: not any("espinudp" in xfrm(lab, other, "state") for other in lab.nodes), "no SA is in UDP")
+    assert changing.lost == 0
+    lab.wait(lambda: not any("sport 4500" in xfrm(lab, other, "policy") for other in lab.nodes), "no policy is for UDP")
     lab.wait_whole()
