@@ -257,9 +257,8 @@ class Keying:
                 connection.close()
                 return
             self._strangers.add(address)
-        serve = partial(self._serve, connection, address if peering is None else None)
         self._arrived.add(connection)
-        group.create_task(contained("keying connection", serve))
+        group.create_task(contained("keying connection", partial(self._serve, connection, address, peering)))
 
     def _look_away(self, listener: socket.socket, group: asyncio.TaskGroup) -> None:
         """Let what waits wait for a moment: looking again at once, nothing else would be done."""
@@ -272,19 +271,22 @@ class Keying:
 
         loop.call_later(ACCEPT_PAUSE_SECONDS, look_again)
 
-    async def _serve(self, connection: socket.socket, stranger: str | None) -> None:
-        """Let a connection in, or refuse it; then it is its peering's. `stranger` is the address of no peer."""
-        async with self._handshakes if stranger is None else self._strangers_place(stranger):
+    async def _serve(self, connection: socket.socket, address: str, caller: Peering | None) -> None:
+        """Let a connection in, or refuse it; then it is its peering's. `caller` is whose the address is, if a peer's."""
+        async with self._strangers_place(address) if caller is None else self._handshakes:
             self._arrived.discard(connection)
             channel = await self._channel(connection, accepted=True)
             try:
-                identity = await self._prove(channel, STEP_SECONDS if stranger is None else STRANGER_SECONDS)
+                identity = await self._prove(channel, STRANGER_SECONDS if caller is None else STEP_SECONDS)
                 if identity.kind is NodeKind.CLIENT:
                     await self._join(identity)
                 peering = self._admit(identity)
             except SrdError as error:
-                self._refused(channel.remote, str(error))
                 channel.close()
+                if caller is not None:
+                    caller.turned_away(error)
+                else:
+                    self._turn_away(address, str(error))
                 return
             except asyncio.CancelledError:
                 channel.close()
@@ -298,8 +300,8 @@ class Keying:
         finally:
             asyncio.get_running_loop().call_later(STRANGER_PAUSE_SECONDS, self._strangers.discard, address)
 
-    def _refused(self, address: str, reason: str) -> None:
-        """Count it, and say it once: a client that is revoked, say, goes on trying."""
+    def _turn_away(self, address: str, reason: str) -> None:
+        """Count a stranger who was not let in, and say it once: a client that is revoked, say, goes on trying."""
         self._refusals += 1
         self._write_refusals(self._refusals)
         if self._grievances.get(address) != reason:
@@ -314,10 +316,7 @@ class Keying:
         if identity.cluster != self._config.cluster:
             raise KeyingError("admit", f"{identity.cluster}/{identity.node}", "it is of another cluster")
         if not self._trusted(identity):
-            error = KeyingError("admit", identity.node, f"its certificate {identity.serial:x} is revoked")
-            if identity.node in self._peerings:
-                self._peerings[identity.node].turned_away(error)
-            raise error
+            raise KeyingError("admit", identity.node, f"its certificate {identity.serial:x} is revoked")
         if channel.remote not in {str(address) for address in identity.addresses}:
             raise KeyingError("admit", identity.node, f"it connects from {channel.remote}, which is not its address")
         return identity

@@ -76,6 +76,7 @@ class Peering:
         self._keyed_at = 0.0
         self._waiting: list[asyncio.Event] = []  # who waits for the next exchange that begins
         self._knocked = asyncio.Event()
+        self._logged = ""  # the failure that was last said, until keys are made
 
     @property
     def record(self) -> Channel:
@@ -102,10 +103,13 @@ class Peering:
         channels = [channel for channel in (self._live, self._former, self._making) if channel is not None]
         return frozenset(channel.identity.serial for channel in channels if channel.identity is not None)
 
-    def turned_away(self, error: KeyingError) -> None:
-        """Show that somebody with the peer's name was not let in, unless the peer itself is."""
+    def turned_away(self, error: SrdError) -> None:
+        """Count somebody at the peer's address who was not let in; show it too, unless the peer itself is let in."""
         if self._live is None:
             self._failed(error)
+        else:
+            self._log_once(str(error))
+            self._update(replace(self._record, failures=self._record.failures + 1))
 
     def refuse(self, error: KeyingError) -> None:
         """End every connection, because the peer is not to be let in, and show that."""
@@ -230,7 +234,7 @@ class Peering:
         if channel.identity is not None:
             self._keyed(self.peer.name, channel.identity.serial)
         now, known = boottime(), self._record
-        self._keyed_at = now
+        self._keyed_at, self._logged = now, ""
         self._update(
             replace(
                 known,
@@ -258,9 +262,7 @@ class Peering:
 
     def _failed(self, error: BaseException) -> None:
         known, connected, text = self._record, self._live is not None, str(error)
-        # A peer that is down for a day is one line, not one for every attempt.
-        if text != known.last_error:
-            log.warning("keying failed", peer=self.peer.name, error=text)
+        self._log_once(text)
         self._update(
             replace(
                 known,
@@ -270,6 +272,12 @@ class Peering:
                 last_error=text,
             )
         )
+
+    def _log_once(self, text: str) -> None:
+        # A peer that is down for a day is one line, not one for every attempt.
+        if text != self._logged:
+            log.warning("keying failed", peer=self.peer.name, error=text)
+        self._logged = text
 
     def _update(self, record: Channel) -> None:
         self._record = record
