@@ -272,7 +272,7 @@ class Keying:
         loop.call_later(ACCEPT_PAUSE_SECONDS, look_again)
 
     async def _serve(self, connection: socket.socket, address: str, caller: Peering | None) -> None:
-        """Let a connection in, or refuse it; then it is its peering's. `caller` is whose the address is, if a peer's."""
+        """Let a connection in, or refuse it; then it is its peering's. `caller` is the peer at that address, if any."""
         async with self._strangers_place(address) if caller is None else self._handshakes:
             self._arrived.discard(connection)
             channel = await self._channel(connection, accepted=True)

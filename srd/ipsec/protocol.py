@@ -45,7 +45,8 @@ SMALLEST_SPI: Final = 0x1000  # RFC 4303 section 2.1 reserves those below 256
 LARGEST_SPI: Final = 0xFFFF_FFFF
 
 # One a second for nine million years. A count without a bound is one that a peer can drive out of its eight bytes.
-Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+LAST_GENERATION: Final = 1 << 48
+Count = Annotated[int, Meta(ge=0, le=LAST_GENERATION)]
 Spi = Annotated[int, Meta(ge=0, le=LARGEST_SPI)]
 
 Leg = tuple[IpAddress, IpAddress]  # local, remote
@@ -257,10 +258,16 @@ class End:
             raise KeyingError(
                 "speak with", self.terms.peer.name, f"it speaks version {hello.protocol}, this node {PROTOCOL}"
             )
-
         if (hello.udp_port or None) != self.terms.udp_port:
             theirs, mine = (f"UDP port {port}" if port else "no UDP" for port in (hello.udp_port, self.terms.udp_port))
             raise self._refuse(f"it wants ESP in {theirs}, this node in {mine}: ipsec.encap is not the same on both")
+
+    def _next(self, hello: Hello) -> int:
+        """Return the number of the generation that this connection makes: the same at both ends.
+
+        After the last one comes the first: a peer that has claimed the last must not be the end of all keys.
+        """
+        return max(self.counted, hello.generation) % LAST_GENERATION + 1
 
     def _refuse(self, reason: str) -> KeyingError:
         return KeyingError("make keys with", self.terms.peer.name, reason)
@@ -305,7 +312,7 @@ class Leader(End):
         self._greeted(hello)
         self._boot_id = hello.boot_id
         self._choose(self.terms.grades, _suites(hello.grades))
-        self.counted = max(self.counted, hello.generation) + 1
+        self.counted = self._next(hello)
         self.expects = Prepared
         return [
             Agree(frozenset(hello.sends)),
@@ -340,14 +347,15 @@ class Follower(End):
         self._greeted(hello)
         self._boot_id = hello.boot_id
         self._choose(_suites(hello.grades), self.terms.grades)
+        self._due = self._next(hello)
         self.expects = Prepare
         return [Agree(frozenset(hello.sends))]
 
     def _prepare(self, message: Prepare) -> Sequence[Action]:
         if message.suite != self._suite:
             raise self._refuse(f"it offers {message.suite}, and {self._suite} is what both run best")
-        if message.generation <= self.counted:
-            raise self._refuse(f"it offers generation {message.generation}, and {self.counted} was made already")
+        if message.generation != self._due:
+            raise self._refuse(f"it offers generation {message.generation}, and {self._due} is due")
         self._check_spis(message.spis)
         self.counted = message.generation
         made = self._derive(message.generation, self._suite, self._reason, self._boot_id, message.spis)

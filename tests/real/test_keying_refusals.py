@@ -158,7 +158,7 @@ def prepared(message: Message, *, spis: tuple[int, ...] = (), older: int = 0) ->
     ("offer", "words"),
     [
         (lambda message, _: prepare(message, suite=Suite.AES_256_GCM), "is what both run best"),
-        (lambda message, _: prepare(message, older=1), "was made already"),
+        (lambda message, _: prepare(message, older=1), "is due"),
         (lambda message, in_use: prepare(message, spis=in_use), "File exists"),
     ],
 )

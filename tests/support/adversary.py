@@ -81,11 +81,13 @@ class Journal:
         handler = logging.Handler(logging.ERROR)
         handler.emit = lambda record: self.faults.append(record.getMessage())  # type: ignore[method-assign]
         structlog.configure(processors=[structlog.stdlib.add_log_level, self], cache_logger_on_first_use=False)
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # that nobody reads any more is no news
         logging.getLogger().addHandler(handler)
         try:
             yield
         finally:
             logging.getLogger().removeHandler(handler)
+            logging.getLogger("asyncio").setLevel(logging.NOTSET)
             structlog.reset_defaults()
 
 

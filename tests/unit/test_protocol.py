@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
+import msgspec
 import pytest
 from support.clusters import dual_stack_toml
 from support.kernel import FakeKernel
@@ -44,6 +45,7 @@ from srd.ipsec.protocol import (
     Say,
     Terms,
     leads,
+    understood,
 )
 from srd.ipsec.xfrm import Direction, XfrmError
 from srd.model import NodeKind, SrdError, Suite
@@ -181,7 +183,8 @@ def test_whatever_is_not_due_is_refused_at_every_step(ends: tuple[Leader, Follow
 @pytest.mark.parametrize(
     ("offer", "words"),
     [
-        (Prepare(7, Suite.CHACHA20_POLY1305, [0x1000, 0x1001]), "offers generation 7, and 7 was made"),
+        (Prepare(7, Suite.CHACHA20_POLY1305, [0x1000, 0x1001]), "offers generation 7, and 8 is due"),
+        (Prepare(9, Suite.CHACHA20_POLY1305, [0x1000, 0x1001]), "offers generation 9, and 8 is due"),
         (Prepare(8, Suite.AES_256_GCM, [0x1000, 0x1001]), "is what both run best"),
         (Prepare(8, "rfc4106(gcm(aes))\n", [0x1000, 0x1001]), "is what both run best"),
         (Prepare(8, Suite.CHACHA20_POLY1305, [0x1000]), "SPIs that cannot be"),
@@ -195,6 +198,23 @@ def test_an_offer_that_is_old_weak_or_impossible_is_refused_and_changes_nothing(
         follower.hear(offer)
     assert follower.counted == 7
     assert follower.lost() == []
+
+
+def test_a_peer_that_has_counted_to_the_end_is_keyed_all_the_same(ends: tuple[Leader, Follower]) -> None:
+    """By claim or in nine million years: the node that has heard of it must go on with whoever comes after."""
+    heard = [protocol.LAST_GENERATION, protocol.LAST_GENERATION - 1, protocol.LAST_GENERATION]
+    made = []
+    for claimed in heard:
+        rng, export = random.Random(claimed), exporter(b"secret")
+        leader = Leader(terms(ONE, TWO, rng, counted=ends[0].counted), export)
+        follower = Follower(terms(TWO, ONE, rng, counted=claimed), export)
+        hello = said(list(leader.start()))
+        prepare = said(list(leader.hear(said(list(follower.start())))))
+        follower.hear(hello)
+        assert understood(msgspec.msgpack.encode(prepare), Prepare, "its leader") == prepare
+        follower.hear(prepare)
+        made.append((leader.counted, follower.counted))
+    assert made == [(1, 1), (protocol.LAST_GENERATION,) * 2, (1, 1)]
 
 
 def test_a_client_leads_whatever_its_name_and_else_the_smaller_name() -> None:
