@@ -7,10 +7,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ class Lab:
             timeout=PATIENCE_SECONDS,
         )
 
+    def address(self, station: str) -> str:
+        """Return its IPv4 address."""
+        return socket.gethostbyname(station)
+
     def srd(self, node: str, verb: str) -> dict[str, Any]:
         # The exit status tells health; what it says is wanted here, and that is nothing while no srd runs.
         return json.loads(self.on(node, "srd", verb, "-o", "json", check=False).stdout or "{}")
@@ -56,10 +61,6 @@ class Lab:
         )
         body, _, status = said.stdout.rpartition("\n")
         return Answer(int(status), json.loads(body) if body[:1] in ("{", "[") else body)
-
-    def address(self, station: str) -> str:
-        """The station's IPv4 address."""
-        return self.on(station, "getent", "ahostsv4", station).stdout.split()[0]
 
     def reaches(self, station: str, node: str, port: int) -> bool:
         """Whether a TCP connection is completed within three seconds."""
@@ -128,22 +129,29 @@ class Flow:
     """What became of a flow of pings, once it has ended."""
 
     sent: int = 0
-    lost: int = 0
+    missing: list[int] = field(default_factory=list)  # numbers of those that were not answered
+
+    @property
+    def lost(self) -> int:
+        return len(self.missing)
 
 
 @contextlib.contextmanager
 def pinging(node: str, peer: str, interval: str) -> Iterator[Flow]:
     """Have a node ping another meanwhile, every so many seconds."""
     flow = Flow()
-    command = ["on", node, "ping", "-q", "-i", interval, peer]
+    command = ["on", node, "ping", "-i", interval, peer]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield flow
         finally:
             process.send_signal(signal.SIGINT)
             said, _ = process.communicate(timeout=60)
-    flow.sent, received = (int(number) for number in re.findall(r"(\d+) (?:packets transmitted|received)", said))
-    flow.lost = flow.sent - received
+    answered = {int(number) for number in re.findall(r"icmp_seq=(\d+) ttl=", said)}
+    (sent,) = re.findall(r"(\d+) packets transmitted", said)
+    # The last one may have been under way when the flow was ended.
+    flow.sent = int(sent)
+    flow.missing = [number for number in range(1, flow.sent) if number not in answered]
 
 
 def edited(lab: Lab, nodes: tuple[str, ...], text: str) -> None:
