@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.lab import Lab, edited, pinging, spis
+from support.lab import FAMILIES, Lab, edited, pinging, spis
 
 BUNDLES = Path("/var/lab/bundles")
 STATION, NAME = "client", "app-1"
@@ -20,9 +20,9 @@ STATION, NAME = "client", "app-1"
 def app(lab: Lab) -> Iterator[str]:
     """The lab's client with the bundle of a mesh member; in the end it is a host outside again."""
     lab.wait_whole()
-    address = lab.address(STATION)
+    addresses = ",".join(lab.address(STATION, family) for family in FAMILIES)
     subprocess.run(
-        ["srd", "node", "add", str(BUNDLES), f"{NAME}={address}", "--kind", "client"], check=True, capture_output=True
+        ["srd", "node", "add", str(BUNDLES), f"{NAME}={addresses}", "--kind", "client"], check=True, capture_output=True
     )
     shutil.copytree(BUNDLES / NAME, f"/var/lab/{STATION}/etc/srd", dirs_exist_ok=True)
     lab.start_srd(STATION)

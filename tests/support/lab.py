@@ -19,6 +19,7 @@ import pytest
 
 HERE = Path(__file__).parents[1] / "lab"
 CAPTURE = Path("/var/lab/suite.pcap")
+FAMILIES = (4, 6)  # of addresses that every station has
 # The lab has one slow CPU: what takes a second elsewhere may take ten.
 PATIENCE_SECONDS = 120.0
 BETWEEN_SECONDS = 0.5
@@ -47,9 +48,10 @@ class Lab:
             timeout=PATIENCE_SECONDS,
         )
 
-    def address(self, station: str) -> str:
-        """Return its IPv4 address."""
-        return socket.gethostbyname(station)
+    def address(self, station: str, family: int = 4) -> str:
+        """Return its address of a family: both have the same last number."""
+        address = socket.gethostbyname(station)
+        return address if family == 4 else f"fd00:205::{address.rpartition('.')[2]}"
 
     def srd(self, node: str, verb: str) -> dict[str, Any]:
         # The exit status tells health; what it says is wanted here, and that is nothing while no srd runs.
