@@ -39,8 +39,9 @@ def rekey_command(paths: Paths, peer: str | None, *, wait: bool, timeout: float)
 def reload_command(paths: Paths) -> None:
     """Take a changed bundle in without a restart: nodes, revoked certificates, new certificates, suites, exemptions.
 
-    All of it, or nothing: what is wrong, or cannot change while srd runs, is said in one sentence. So does SIGHUP.
+    What is wrong, or cannot change while srd runs, is said in one sentence, and nothing is changed. So does SIGHUP.
     """
     done = client.post(paths.control_socket, "/v1/reload", timeout=_RELOAD_SECONDS)
-    changes = [f"{what} {', '.join(done[what])}" for what in ("added", "removed", "revoked") if done[what]]
+    words = {"added": "added", "removed": "removed", "revoked": "revoked", "trusted_again": "trusted again"}
+    changes = [f"{word} {', '.join(done[what])}" for what, word in words.items() if done[what]]
     click.echo(f"taken in: {'; '.join(changes) or 'no change of nodes'}")
