@@ -98,21 +98,21 @@ async def spoken(ground: Ground, evil: Adversary, instead: Instead) -> dict[int,
     return {step: partial(said, change) for step, change in instead.items()}
 
 
-def issued(directory: Path, cluster: str, node: str, *addresses: str) -> Credentials:
+def issued(directory: Path, cluster: str, node: str, *addresses: str, kind: NodeKind = NodeKind.REDIS) -> Credentials:
     """Return a certificate that the cluster's own authority has signed."""
     certificate = (directory / "ca.crt").read_bytes()
     authority = Issued(certificate, Secret((directory / "ca.key").read_text()))
-    identity = Identity(cluster, node, NodeKind.REDIS, tuple(ip_address(address) for address in addresses))
+    identity = Identity(cluster, node, kind, tuple(ip_address(address) for address in addresses))
     made = issue_node(authority, identity, dt.datetime.now(dt.UTC))
     return Credentials(identity, made.certificate, made.key, certificate)
 
 
 WRONG_CERTIFICATES = [
     (("lab", LED, "127.0.1.4"), f"cannot admit {LED}: it connects from 127.0.1.1, which is not its address"),
-    (("lab", LEADING, "127.0.1.9"), f"cannot admit {LEADING}: its certificate is for other addresses"),
+    (("lab", LEADING, "127.0.1.9"), f"cannot admit {LEADING}: it connects from 127.0.1.1, which is not its address"),
     (("lab", LEADING, "127.0.1.1", "127.0.1.9"), f"cannot admit {LEADING}: its certificate is for other addresses"),
-    (("lab", "redis-9", "127.0.1.1"), "cannot admit lab/redis-9: it is not a node of this cluster.toml"),
-    (("other", LEADING, "127.0.1.1"), f"cannot admit other/{LEADING}: it is not a node of this cluster.toml"),
+    (("lab", "redis-9", "127.0.1.1"), "cannot admit redis-9: it is not a node of this cluster.toml"),
+    (("other", LEADING, "127.0.1.1"), f"cannot admit other/{LEADING}: it is of another cluster"),
 ]
 
 
@@ -122,6 +122,12 @@ async def test_a_certificate_for_something_else_does_not_let_in(
 ) -> None:
     evil = Adversary(ground, LEADING, issued(tmp_path / "bundles", *identity))
     await refused(ground, words, leads, evil, {})
+
+
+async def test_a_clients_certificate_makes_nobody_a_node(ground: Ground, tmp_path: Path) -> None:
+    credentials = issued(tmp_path / "bundles", "lab", LEADING, "127.0.1.1", kind=NodeKind.CLIENT)
+    words = f"cannot admit {LEADING}: its certificate is for a client, not a redis"
+    await refused(ground, words, leads, Adversary(ground, LEADING, credentials), {})
 
 
 async def test_another_nodes_certificate_is_no_answer(ground: Ground, bundles: dict[str, Bundle]) -> None:
