@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.lab import Lab, xfrm
+from support.lab import FAMILIES, Lab, xfrm
 
 OUTSIDER = "lb"
 CHILD = "outside"
@@ -169,7 +169,7 @@ def test_strongswan_to_a_host_outside_and_srd_leave_each_other_alone(lab: Lab, n
 
 def settled(lab: Lab, node: str) -> list[Entry]:
     """Return what is srd's once the grace of former keys has ended: one SA in each direction with each peer."""
-    sas = 2 * (len(lab.nodes) - 1)
+    sas = 2 * (len(lab.nodes) - 1) * len(FAMILIES)
     lab.wait(lambda: sum(entry[0] == "state" for entry in ours(lab, node)) == sas, "former keys are gone")
     return ours(lab, node)
 
