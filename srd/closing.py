@@ -12,7 +12,8 @@ from typing import Final
 
 import structlog
 
-from srd.config import Config, Node, parse_config
+from srd.cluster import Config, Node
+from srd.config import parse_config
 from srd.ipsec import xfrm
 from srd.ipsec.backstop import SecondNet
 from srd.ipsec.mesh import Mesh

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
-from srd.config import MIN_REPLICAS_MAX_LAG, Node
+from srd.cluster import MIN_REPLICAS_MAX_LAG, Node
 from srd.model import IpsecMode, NodeKind, Role
 from srd.state import ChildState, Situation, services_of
 

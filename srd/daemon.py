@@ -23,8 +23,8 @@ from typing import Any, Final
 import structlog
 
 from srd import closing
+from srd.cluster import Config
 from srd.conditions import conditions
-from srd.config import Config
 from srd.control.server import ControlServer
 from srd.desired import needs_restart
 from srd.duties import Duties

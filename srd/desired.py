@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
+from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
 from srd.model import Endpoint, IpAddress, IpsecMode, NodeKind, Service
 from srd.state import ChildState, Situation, View, services_of
 

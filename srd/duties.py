@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.observe import Observer

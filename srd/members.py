@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from srd.cluster import Node
 from srd.conditions import Severity, conditions
-from srd.config import Node
 from srd.model import Role
 from srd.state import PeerReport, Situation
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from srd.config import KEYING_PORT, Config, Node
+from srd.cluster import KEYING_PORT, Config, Node
 from srd.control.client import is_answered
 from srd.ipsec import xfrm
 from srd.ipsec.encap import endpoints_of, open_socket

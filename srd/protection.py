@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.ipsec import xfrm
 from srd.ipsec.backstop import SecondNet
 from srd.ipsec.encap import Encapsulation

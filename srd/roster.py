@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.model import ConfigError, Identity, NodeKind, Paths, RefusedError
 from srd.supervise.files import write_private
 

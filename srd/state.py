@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.model import Endpoint, IpAddress, NodeKind, Role, Service, Suite
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import click
 
-from srd.config import KEYING_PORT
+from srd.cluster import KEYING_PORT
 from srd.control.client import is_answered
 from srd.model import Paths, RefusedError
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from srd.config import Config, node_entry, quoted, read_text
+from srd.cluster import Config
+from srd.config import node_entry, quoted, read_text
 from srd.model import EXIT_CONFIG, NodeKind, Paths
 
 

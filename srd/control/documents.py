@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from srd.cluster import Node
 from srd.conditions import Condition, Severity, conditions
-from srd.config import Node
 from srd.members import Member
 from srd.members import members as known_members
 from srd.model import Endpoint, IpsecMode, NodeKind, Role

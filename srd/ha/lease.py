@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.model import Endpoint
 from srd.state import Lease, SentinelAnswer
 

@@ -19,7 +19,7 @@ from typing import Final
 
 import structlog
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.ha.lease import assess, endpoint_of, fresh
 from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death

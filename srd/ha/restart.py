@@ -50,7 +50,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
 from srd.model import Endpoint, NodeKind, Role

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, RespError, UnexpectedReplyError, Wire, alive, checked
 from srd.model import Endpoint, Role, Secrets
 from srd.reconcile import backoff_seconds, boottime

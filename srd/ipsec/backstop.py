@@ -20,7 +20,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
+from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
 from srd.desired import NEIGHBOUR_DISCOVERY_TYPES, leg_addresses
 from srd.ipsec.policies import KEYING_MARK
 from srd.model import PLAIN_ENVIRONMENT, SYSTEM_PATH, IpAddress, IpsecMode, SrdError

@@ -27,7 +27,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.model import PLAIN_ENVIRONMENT, SYSTEM_PATH, ConfigError, Endpoint, SrdError
 
 log = structlog.get_logger(__name__)

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.desired import leg_addresses
 from srd.ipsec.channel import Channel
 from srd.ipsec.protocol import (

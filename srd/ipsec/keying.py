@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 import structlog
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.ipsec.channel import Channel as TlsChannel
 from srd.ipsec.channel import tls_context
 from srd.ipsec.exchange import STEP_SECONDS, Exchange, Installer

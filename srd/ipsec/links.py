@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from srd.config import Node
+from srd.cluster import Node
 from srd.desired import leg_addresses
 from srd.ipsec import xfrm
 from srd.ipsec.policies import UNKEYED_SPI

@@ -23,7 +23,7 @@ from typing import Final
 
 import structlog
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.desired import leg_addresses, rules
 from srd.ipsec import xfrm
 from srd.ipsec.links import NO_KEYS, Keys, Observed, fresh_link, grouped, link

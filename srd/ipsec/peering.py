@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from srd.config import Node
+from srd.cluster import Node
 from srd.ipsec.channel import Channel as TlsChannel
 from srd.ipsec.protocol import Beat, KeyingError
 from srd.ipsec.sas import Generation

@@ -34,7 +34,7 @@ from typing import Annotated, ClassVar, Final, TypeVar
 import msgspec
 from msgspec import Meta
 
-from srd.config import Node
+from srd.cluster import Node
 from srd.ipsec.sas import Generation, KeyedLeg
 from srd.ipsec.suites import KEY_BYTES, SALT_BYTES, choose
 from srd.model import IpAddress, NodeKind, SrdError, Suite

@@ -12,7 +12,7 @@ import socket
 import struct
 from typing import Final
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Node
+from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Node
 from srd.desired import leg_addresses
 from srd.ipsec.protocol import KeyingError
 from srd.model import Endpoint, IpAddress, PermissionRefusedError

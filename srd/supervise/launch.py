@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.model import ConfigError, Endpoint, NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import boottime

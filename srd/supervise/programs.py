@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.model import SYSTEM_PATH, ConfigError, Endpoint, IpAddress, Paths, PermissionRefusedError, Service, SrdError
 from srd.state import services_of
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up

@@ -14,7 +14,7 @@ from typing import Final
 
 import jinja2
 
-from srd.config import MIN_REPLICAS_MAX_LAG, Config, Node
+from srd.cluster import MIN_REPLICAS_MAX_LAG, Config, Node
 from srd.model import ConfigError, Endpoint, IpAddress, Secret, Secrets
 
 # 24 days: the largest number of seconds that stunnel can hand to poll(2), which takes an int of milliseconds.

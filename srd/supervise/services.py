@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from srd import desired
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.model import Paths, Secrets, Service, SrdError
 from srd.reconcile import until_first
 from srd.state import Situation, Store, services_of

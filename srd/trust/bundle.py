@@ -29,7 +29,8 @@ from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
-from srd.config import Config, Node, load_config, parse_config
+from srd.cluster import Config, Node
+from srd.config import load_config, parse_config
 from srd.model import ConfigError, Credentials, Identity, NodeKind, Paths, Secret, Secrets
 from srd.trust.authority import Issued, identify, issue_node, issue_tls, issued_by, make_authority
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from srd.config import Config, Node, node_entry, parse_config
+from srd.cluster import Config, Node
+from srd.config import node_entry, parse_config
 from srd.model import ConfigError, NodeKind, Secret
 from srd.trust.authority import Issued, identify
 from srd.trust.bundle import CLIENT_DIRECTORY, PUBLIC, write_bundle, write_certificates, write_file

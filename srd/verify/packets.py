@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
+from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.desired import ICMPV6, NEIGHBOUR_DISCOVERY_TYPES, TCP, UDP
 from srd.model import IpAddress
 

@@ -21,7 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT
+from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT
 from srd.desired import TCP
 from srd.ipsec import xfrm
 from srd.ipsec.policies import owns_reqid

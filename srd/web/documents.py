@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from srd.cluster import Node
 from srd.conditions import conditions
-from srd.config import Node
 from srd.members import Member, members
 from srd.model import Endpoint, IpsecMode, Role, Service
 from srd.state import Child, ChildState, Redis, Situation, services_of

@@ -20,7 +20,7 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from srd.config import HttpSection
+from srd.cluster import HttpSection
 
 log = structlog.get_logger(__name__)
 

@@ -14,8 +14,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from srd.cluster import Node
 from srd.conditions import conditions
-from srd.config import Node
 from srd.model import IpsecMode, NodeKind, Role
 from srd.reconcile import Loop
 from srd.state import ChildState, Link, Situation

@@ -16,7 +16,7 @@ import pytest
 import structlog
 
 from bench.leaders import SERVER, SERVER_ADDRESS, address_of, keying, make, quiet
-from srd.config import KEYING_PORT
+from srd.cluster import KEYING_PORT
 from srd.ipsec.keying import Keying
 from srd.state import Store
 

@@ -10,7 +10,8 @@ from statistics import median
 
 from support.namespace import in_namespace
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.desired import rules
 from srd.ipsec import xfrm
 from srd.ipsec.mesh import Mesh

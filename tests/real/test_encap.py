@@ -14,7 +14,8 @@ import pytest
 from support.clusters import cluster_toml
 from support.nodes import eventually, free_ports
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.ipsec.encap import FILE_NAME, Encapsulation, end_holder, find_holder
 from srd.model import ConfigError, IpsecMode
 

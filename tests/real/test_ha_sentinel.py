@@ -16,7 +16,8 @@ import pytest
 from redis.asyncio import Redis as RawRedis
 from support.patience import retrying
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.ha.lease import endpoint_of
 from srd.ha.observe import REDIS_POLL_SECONDS, Observer
 from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError

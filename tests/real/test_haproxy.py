@@ -18,7 +18,8 @@ from support.situations import NOW, primary_redis, primary_situation, replica_re
 
 from srd.cli.balancer import split_host
 from srd.cli.main import srd
-from srd.config import Config, Node, parse_config
+from srd.cluster import Config, Node
+from srd.config import parse_config
 from srd.model import Endpoint, Role
 from srd.state import Lease, SentinelAnswer, Situation, View
 from srd.supervise.render import stunnel_conf

@@ -13,7 +13,7 @@ import pytest
 from support.clusters import cluster_toml, make_bundles, paths_of
 from support.keyings import FAST_AES, SOFTWARE_AES, esp, keying_of, running
 
-from srd.config import KEYING_CLIENT_PORTS, KEYING_PORT, Node
+from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Node
 from srd.ipsec.exchange import STEP_SECONDS
 from srd.ipsec.keying import MAX_HANDSHAKES, STRANGER_PAUSE_SECONDS
 from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS

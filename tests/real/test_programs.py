@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from support.nodes import free_ports, world
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.model import ConfigError, Endpoint, PermissionRefusedError, Service
 from srd.supervise.programs import (
     _explain,

@@ -14,7 +14,7 @@ from ipaddress import ip_address
 import pytest
 from support.situations import primary_situation, replica_situation
 
-from srd.config import HttpSection, Node
+from srd.cluster import HttpSection, Node
 from srd.model import NodeKind, SrdError
 from srd.state import Situation, View
 from srd.web.app import WebServer

@@ -20,7 +20,7 @@ from typing import Any
 
 import structlog
 
-from srd.config import KEYING_PORT, Node
+from srd.cluster import KEYING_PORT, Node
 from srd.ipsec.channel import Channel, tls_context
 from srd.ipsec.exchange import Exchange, Installer
 from srd.ipsec.mesh import GRACE_SECONDS, Mesh

@@ -18,7 +18,7 @@ from typing import Any
 import redis.asyncio
 import redis.exceptions
 
-from srd.config import Config, Node
+from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.model import NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import Loop, boottime, until_first

@@ -4,7 +4,8 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.model import Endpoint, NodeKind, Role, Service, Suite
 from srd.state import (
     Backstop,

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srd.config import Config, load_config, parse_config
+from srd.cluster import Config
+from srd.config import load_config, parse_config
 from srd.model import EXIT_CONFIG, ConfigError
 
 SAMPLES = Path(__file__).parents[2] / "config"

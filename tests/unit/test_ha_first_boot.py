@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srd import desired
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.ha import restart
 from srd.ha.lease import endpoint_of
 from srd.model import Role, Service

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.ha.lease import assess, endpoint_of, fresh
 from srd.model import Endpoint, IpAddress
 from srd.state import SentinelAnswer

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.desired import Start
 from srd.ha.lease import endpoint_of
 from srd.ha.restart import Death, has_joined, patience_seconds, start

@@ -12,7 +12,8 @@ import pytest
 from support.clusters import dual_stack_toml
 from support.kernel import FakeKernel, Fate, Packet
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.ipsec.mesh import GRACE_SECONDS, Mesh
 from srd.ipsec.policies import KEYING_MARK, owns_index
 from srd.ipsec.sas import LIFETIME, Generation, KeyedLeg

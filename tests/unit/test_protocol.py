@@ -19,7 +19,8 @@ import pytest
 from support.clusters import dual_stack_toml
 from support.kernel import FakeKernel
 
-from srd.config import Node, parse_config
+from srd.cluster import Node
+from srd.config import parse_config
 from srd.desired import leg_addresses
 from srd.ipsec import protocol
 from srd.ipsec.mesh import GRACE_SECONDS, Mesh

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.model import ConfigError, Endpoint, Secret, Secrets
 from srd.supervise import render
 

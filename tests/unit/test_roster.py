@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from support.clusters import cluster_toml, dual_stack_toml, paths_of
 
-from srd.config import Config, parse_config
+from srd.cluster import Config
+from srd.config import parse_config
 from srd.model import Identity, NodeKind, Paths, RefusedError, SrdError
 from srd.roster import FILE_NAME, Roster
 
