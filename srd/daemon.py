@@ -199,7 +199,7 @@ class Daemon:
             old, new = self._config, self._roster.extend(bundle.config, time.time())
             self._bundle = bundle
             self._write_certificates(bundle.not_after)
-            distrusted = await self._adopt(keying, new)
+            distrusted = await self._forget(await self._adopt(keying, new))
             await asyncio.to_thread(closing.remember, self._paths)
             before, after = ({node.name for node in config.nodes} for config in (old, new))
             done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": distrusted}
@@ -221,8 +221,8 @@ class Daemon:
             if config != self._config:
                 await self._adopt(keying, config)
 
-    async def _adopt(self, keying: Keying, config: Config) -> list[str]:
-        """Go on by another cluster; return the peers that are trusted no more.
+    async def _adopt(self, keying: Keying, config: Config) -> frozenset[str]:
+        """Go on by another cluster; return the peers whose keys are not to be trusted any more.
 
         Former peers are let go by keying first, policies of new ones stand before a word is said to them. redis and
         sentinel go on. stunnel is restarted if its certificate is another.
@@ -231,7 +231,7 @@ class Daemon:
         if self._protection is not None:
             await self._protection.adopt(config)
         self._config = config
-        distrusted = await self._forget(keying.adopt(config, self._bundle.credentials))
+        distrusted = keying.adopt(config, self._bundle.credentials)
         if self._duties is not None:
             await self._duties.adopt(config)
         return distrusted

@@ -90,6 +90,24 @@ async def test_a_holder_that_is_killed_is_replaced_and_srds_own_sockets_stand_me
     kept.close()
 
 
+async def test_a_holder_that_nobody_wrote_down_is_found_and_replaced(run_dir: Path) -> None:
+    (port,) = free_ports(1)
+    kept = made(run_dir, port)
+    await kept.reconcile()
+    pid = holder_of(run_dir)
+    with (run_dir / FILE_NAME).open("r+b") as file:
+        file.truncate(0)
+    assert holder_of(run_dir) == pid
+
+    async def replaced() -> bool:
+        await kept.reconcile()
+        holder = find_holder(run_dir / FILE_NAME)
+        return holder is not None and holder.pid != pid and holder.endpoints == (f"127.0.1.1:{port}",)
+
+    await eventually(replaced, "a holder that is written down")
+    kept.close()
+
+
 async def test_another_port_has_another_holder_and_without_udp_there_is_none(run_dir: Path) -> None:
     before, after = free_ports(2)
     kept = made(run_dir, before)
