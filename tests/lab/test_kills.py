@@ -26,7 +26,7 @@ from srd.model import SrdError
 KILLS = int(os.environ.get("LAB_KILLS", "4"))
 # A death and what follows it, on the lab's slow CPU.
 KILL_SECONDS = 60
-INTERVAL = "0.05"
+INTERVAL_SECONDS = 0.05
 
 
 def rekey(leader: str) -> None:
@@ -67,8 +67,9 @@ def test_srd_is_killed_at_any_moment_of_a_rekey_and_no_packet_is_lost(lab: Lab) 
     errors = {node: xfrm_errors(lab, node) for node in lab.nodes}
     pinned = (len(lab.nodes) - 1) * len(FAMILIES)
     flows = ((leader, middle), (middle, led), (led, leader))
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        counted = [stack.enter_context(pinging(node, peer, INTERVAL)) for node, peer in flows]
+        counted = [stack.enter_context(pinging(node, peer, str(INTERVAL_SECONDS))) for node, peer in flows]
         for number in range(KILLS):
             victim = (leader, led)[number % 2]
             before = pins(lab, victim)
@@ -86,12 +87,15 @@ def test_srd_is_killed_at_any_moment_of_a_rekey_and_no_packet_is_lost(lab: Lab) 
             asking.join()
             lab.wait(lambda: not lab.conditions(), f"number {number}: all is well again")
         waited = lab.wait(lambda: each_twice(lab), "one SA for each direction of each pair")
+    seconds = time.monotonic() - began
     lost = {flow: result.missing for flow, result in zip(flows, counted, strict=True)}
     sent = sum(result.sent for result in counted)
     print(  # noqa: T201 - figures for people
-        f"\nsrd killed {KILLS} times within {longest:.2f} s of a rekey: {dict(caught)}; {sent} packets, lost {lost}; "
+        f"\nsrd killed {KILLS} times within {longest:.2f} s of a rekey: {dict(caught)}; "
+        f"{sent} packets in {seconds:.0f} s, lost {lost}; "
         f"one SA a direction within {waited:.1f} s (grace {GRACE_SECONDS:g} s)"
     )
     assert not any(lost.values()), lost
+    assert all(result.sent > seconds / INTERVAL_SECONDS / 4 for result in counted), "a flow has paused"
     assert {node: xfrm_errors(lab, node) for node in lab.nodes} == errors
     lab.wait_whole()

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -143,12 +144,16 @@ def pinging(node: str, peer: str, interval: str) -> Iterator[Flow]:
     """Have a node ping another meanwhile, every so many seconds."""
     flow = Flow()
     command = ["on", node, "ping", "-i", interval, peer]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield flow
-        finally:
-            process.send_signal(signal.SIGINT)
-            said, _ = process.communicate(timeout=60)
+    # A file: a pipe that nobody reads meanwhile holds a thousand lines, and then ping stops.
+    with tempfile.TemporaryFile("w+") as output:
+        with subprocess.Popen(command, stdout=output) as process:
+            try:
+                yield flow
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+        output.seek(0)
+        said = output.read()
     answered = {int(number) for number in re.findall(r"icmp_seq=(\d+) ttl=", said)}
     (sent,) = re.findall(r"(\d+) packets transmitted", said)
     # The last one may have been under way when the flow was ended.
