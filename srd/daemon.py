@@ -2,7 +2,8 @@
 
 Start: everything is checked before anything is changed; then policies, HTTP (503 `starting`), keys, and the services
 in the order of desired.py. Stop (SIGTERM, SIGINT): stunnel, sentinel, redis, each with its grace; SAs and
-policies stay. When srd dies without a stop all of it stays: the next srd adopts the children and reads the kernel.
+policies stay. When srd dies without a stop, or is restarted by the service manager, all of it stays: the next srd
+adopts the children and reads the kernel.
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ class Daemon:
                 stuck = (*stuck, "secrets.toml")
             if stuck:
                 what = f"{', '.join(stuck)} cannot change while srd runs"
-                raise ConfigError("take in", str(self._paths.cluster_file), what, "restart srd")
+                raise ConfigError("take in", str(self._paths.cluster_file), what, "stop srd and start it")
             old, new = self._config, self._roster.extend(bundle.config, time.time())
             self._bundle = bundle
             self._write_certificates(bundle.not_after)
