@@ -2,7 +2,8 @@
 
 Start: everything is checked before anything is changed; then policies, HTTP (503 `starting`), keys, and the services
 in the order of desired.py. Stop (SIGTERM, SIGINT): stunnel, sentinel, redis, each with its grace; SAs and
-policies stay. When srd dies without a stop all of it stays: the next srd adopts the children and reads the kernel.
+policies stay. When srd dies without a stop, or is restarted by the service manager, all of it stays: the next srd
+adopts the children and reads the kernel.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,17 +36,18 @@ from srd.ipsec.keying import Keying
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
-from srd.model import ConfigError, Identity, IpsecMode, Paths, SrdError
+from srd.model import ConfigError, Endpoint, Identity, IpsecMode, Paths, SrdError
 from srd.preflight import Cleared, clear
 from srd.protection import Protection
 from srd.reconcile import Loop, boottime, contained, until_first
 from srd.roster import Roster
 from srd.state import Situation, Store
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
-from srd.systemd import Notifier
+from srd.systemd import Notifier, handed_over, restarting
 from srd.trust.authority import identify
 from srd.trust.bundle import load_bundle
-from srd.web.app import WebServer
+from srd.web import health
+from srd.web.app import LIVENESS_SECONDS, WebServer
 
 log = structlog.get_logger(__name__)
 
@@ -58,18 +61,21 @@ LONGEST_WAIT_SECONDS: Final = 86400.0
 async def run(paths: Paths) -> None:
     """Run a node until SIGTERM or SIGINT; `SrdError` when it may not start."""
     notifier = Notifier.from_environment()
+    kept = _kept_sockets(handed_over(), notifier)
     notifier.send("STATUS=checking the configuration, the kernel and the programs")
-    cleared = await clear(paths)
+    cleared = await clear(paths, kept)
     for directory in (paths.state_dir, paths.run_dir, paths.log_dir):
         await asyncio.to_thread(make_own_directory, directory, TRAVERSABLE_DIRECTORY)
     await asyncio.to_thread(closing.remember, paths)
-    await Daemon(cleared, paths, notifier).run()
+    await Daemon(cleared, paths, notifier, kept).run()
 
 
 class Daemon:
     """One node's parts and the wires between them."""
 
-    def __init__(self, cleared: Cleared, paths: Paths, notifier: Notifier) -> None:
+    def __init__(
+        self, cleared: Cleared, paths: Paths, notifier: Notifier, kept: Mapping[Endpoint, socket.socket]
+    ) -> None:
         bundle = cleared.bundle
         self._grades = cleared.grades
         self._bundle, self._node = bundle, bundle.node
@@ -78,6 +84,7 @@ class Daemon:
         self._config = self._roster.extend(bundle.config, time.time())
         self._paths = paths
         self._notifier = notifier
+        self._kept = kept  # sockets of :8080 that an earlier srd left with the service manager
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._changing = asyncio.Lock()  # held by whatever changes who is in the cluster
@@ -119,8 +126,9 @@ class Daemon:
                 installer = self._protection.mesh
                 bodies += self._protection.bodies
             web = WebServer(self.situation, version=VERSION, loops=self._loops)
-            await web.start()
+            await web.start(self._kept)
             stack.push_async_callback(web.stop)
+            self._leave_with_manager(web)
             if self._duties is not None:
                 stack.callback(self._duties.release)
                 bodies += self._duties.bodies
@@ -195,7 +203,7 @@ class Daemon:
                 stuck = (*stuck, "secrets.toml")
             if stuck:
                 what = f"{', '.join(stuck)} cannot change while srd runs"
-                raise ConfigError("take in", str(self._paths.cluster_file), what, "restart srd")
+                raise ConfigError("take in", str(self._paths.cluster_file), what, "stop srd and start it")
             old, new = self._config, self._roster.extend(bundle.config, time.time())
             self._bundle = bundle
             self._write_certificates(bundle.not_after)
@@ -254,12 +262,28 @@ class Daemon:
             await self._duties.ready()
         self._notifier.send("READY=1")
         log.info("ready", node=self._node.name, cluster=self._config.cluster, version=VERSION)
+        watchdog = self._notifier.watchdog_seconds
+        # A third of what the manager waits for: two may be late.
+        pause = STATUS_SECONDS if watchdog is None else min(STATUS_SECONDS, watchdog / 3)
         while True:
-            self._notifier.send(f"STATUS={_status_line(self.situation())}")
-            await asyncio.sleep(STATUS_SECONDS)
+            alive = health.alive(self._loops(), boottime(), LIVENESS_SECONDS).ok
+            status = f"STATUS={_status_line(self.situation())}"
+            self._notifier.send(*(("WATCHDOG=1", status) if alive else (status,)))
+            await asyncio.sleep(pause)
+
+    def _leave_with_manager(self, web: WebServer) -> None:
+        """Have the manager hold the sockets of :8080: while srd is away a check waits, and is not refused."""
+        for endpoint, listener in web.sockets.items():
+            self._notifier.keep(_store_name(endpoint), listener.fileno())
+        for endpoint in self._kept.keys() - web.sockets.keys():  # of another configuration
+            self._kept[endpoint].close()
+            self._notifier.forget(_store_name(endpoint))
 
     async def _until_stopped(self) -> None:
         await self._stop.wait()
+        if await restarting():
+            log.info("leaving for the next srd", children=self._duties is not None)
+            return
         log.info("stopping")
         self._notifier.send("STOPPING=1", "STATUS=stopping stunnel, sentinel and redis")
         if self._duties is not None:
@@ -298,6 +322,27 @@ def _status_line(situation: Situation) -> str:
     worst = next(iter(conditions(situation)), None)
     trouble = f"; {worst.code}: {worst.subject} {worst.text}" if worst is not None else ""
     return f"{role}, {links} of {len(view.links)} links protected{trouble}"
+
+
+def _store_name(endpoint: Endpoint) -> str:
+    """Return under which name the manager keeps a socket of :8080: a colon may not be in it."""
+    return f"http-{endpoint.address.packed.hex()}-{endpoint.port}"
+
+
+def _kept_sockets(handed: Iterable[tuple[str, int]], notifier: Notifier) -> dict[Endpoint, socket.socket]:
+    """Return the listening sockets that the manager has kept; what else it has is closed."""
+    kept: dict[Endpoint, socket.socket] = {}
+    for name, descriptor in handed:
+        listener = socket.socket(fileno=descriptor)
+        address, port = listener.getsockname()[:2]
+        endpoint = Endpoint(ip_address(address), port)
+        if name == _store_name(endpoint) and endpoint not in kept:
+            listener.setblocking(False)
+            kept[endpoint] = listener
+        else:
+            listener.close()
+            notifier.forget(name)
+    return kept
 
 
 def _close(listeners: list[socket.socket]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -49,14 +49,17 @@ class Cleared:
     grades: Mapping[Suite, int]
 
 
-async def clear(paths: Paths) -> Cleared:
-    """Check everything; the first thing that is wrong is raised as an `SrdError` with what to do about it."""
+async def clear(paths: Paths, kept: Collection[Endpoint] = ()) -> Cleared:
+    """Check everything; the first thing that is wrong is raised as an `SrdError` with what to do about it.
+
+    `kept` is where this srd listens already, by sockets that outlived an earlier one.
+    """
     bundle = load_bundle(paths, dt.datetime.now(dt.UTC))
     for _ in range(ADDRESS_TRIES):
         if not _missing_addresses(bundle.node):
             break
         await asyncio.sleep(ADDRESS_PAUSE_SECONDS)
-    found = await asyncio.to_thread(_problems_of, bundle, paths)
+    found = await asyncio.to_thread(partial(_problems_of, bundle, paths, own=kept))
     if found:
         raise found[0]
     return Cleared(bundle, await _suite_grades(bundle.config))
@@ -83,19 +86,22 @@ def _missing_addresses(node: Node) -> list[SrdError]:
     return [problem for address in node.addresses if (problem := check_endpoint(Endpoint(address, 0)))]
 
 
-def _problems_of(bundle: Bundle, paths: Paths, *, running: bool = False) -> list[SrdError]:
-    """Return what is wrong; the ports of the srd that is `running` are its own."""
+def _problems_of(
+    bundle: Bundle, paths: Paths, *, running: bool = False, own: Collection[Endpoint] = ()
+) -> list[SrdError]:
+    """Return what is wrong; the ports of the srd that is `running` are its own, and so are those of `own`."""
     config, node = bundle.config, bundle.node
     if strangers := _missing_addresses(node):  # of a machine that is not the bundle's, nothing else is worth saying
         return strangers
-    own = [Endpoint(address, port) for port in (KEYING_PORT, config.http.port) for address in node.addresses]
+    wanted = [Endpoint(address, port) for port in (KEYING_PORT, config.http.port) for address in node.addresses]
     if config.listen_localhost and LOCALHOST not in node.addresses:
-        own.append(Endpoint(LOCALHOST, config.http.port))
+        wanted.append(Endpoint(LOCALHOST, config.http.port))
+    free = [] if running else [endpoint for endpoint in wanted if endpoint not in own]
     return [
         *_missing_capabilities(config),
         *check_programs(config, node),
         *check_ports(config, node, paths),
-        *(problem for endpoint in own if not running and (problem := check_endpoint(endpoint))),
+        *(problem for endpoint in free if (problem := check_endpoint(endpoint))),
         *_taken_for_udp(config, node),
     ]
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address
+from types import MappingProxyType
 from typing import Any, Final
 
 from aiohttp import web
@@ -66,6 +67,7 @@ class WebServer:
         self._metrics = Metrics(situation, self._http_counts, loops, version)
         self._server: GuardedServer | None = None
         self._listeners: list[asyncio.Server] = []
+        self.sockets: dict[Endpoint, socket.socket] = {}  # where it listens
         self._paths: Mapping[str, Callable[[Situation], tuple[int, str, bytes]]] = {
             "/liveness": self._liveness,
             "/srd": lambda s: _document(health.OK, documents.node_document(s, version)),
@@ -85,14 +87,19 @@ class WebServer:
             found.append(localhost)
         return tuple(found)
 
-    async def start(self) -> None:
-        """Bind every socket, then serve; `SrdError` names the address that cannot be bound, and none is left bound."""
+    async def start(self, kept: Mapping[Endpoint, socket.socket] = MappingProxyType({})) -> None:
+        """Bind every socket but those that an earlier srd has left listening (`kept`), then serve.
+
+        `SrdError` names the address that cannot be bound, and none is left bound.
+        """
         self._server = GuardedServer(self._handle, self._gate, self._timeouts)
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as bound:
-            sockets = [bound.enter_context(_listening_socket(endpoint)) for endpoint in self.endpoints]
+            for endpoint in self.endpoints:
+                self.sockets[endpoint] = bound.enter_context(kept.get(endpoint) or _listening_socket(endpoint))
             self._listeners = [
-                await loop.create_server(self._server, sock=listener, backlog=BACKLOG) for listener in sockets
+                await loop.create_server(self._server, sock=listener, backlog=BACKLOG)
+                for listener in self.sockets.values()
             ]
             bound.pop_all()
 

@@ -269,7 +269,7 @@ def test_a_file_that_cannot_be_taken_in_changes_nothing(lab: Lab) -> None:
     file = Path(f"/var/lab/{lab.nodes[0]}/etc/srd/cluster.toml")
     whole = file.read_text()
     for text, words in (
-        (whole + "[redis]\nport = 6390\n", "redis.port cannot change while srd runs; restart srd"),
+        (whole + "[redis]\nport = 6390\n", "redis.port cannot change while srd runs; stop srd and start it"),
         (whole + "[redis]\nprot = 1\n", "redis.prot: no such key"),
         ("", "cluster: missing"),
     ):

@@ -1,0 +1,118 @@
+"""srd as a systemd unit: its death, a restart and a hung srd are noticed by nobody, a stop is a stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+from support.clusters import cluster_toml, make_bundles
+from support.machine import CHECKOUT, Machine, machine
+
+SERVICES = ("redis", "sentinel", "stunnel")
+# The unit's own file, but for where this checkout may lie: /tmp or a home directory.
+DROP_IN = "[Service]\nPrivateTmp=no\nProtectHome=no\nWatchdogSec=5\n"
+URL = "http://127.0.1.1:8080/health"
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A cluster of one, without IPsec, which not every kernel has; srd is enabled and up."""
+    root = tmp_path_factory.mktemp("bundles")
+    make_bundles(root, cluster_toml(nodes=1))
+    with machine() as made:
+        there = Path(f"/proc/{made.init}/root")
+        shutil.copytree(root / "bundles" / "redis-1", there / "etc/srd")
+        (there / "etc/srd").chmod(0o700)
+        (there / "opt/srd").symlink_to(CHECKOUT / ".venv")
+        shutil.copy(CHECKOUT / "systemd/srd.service", there / "etc/systemd/system")
+        made.write("/etc/systemd/system/srd.service.d/checkout.conf", DROP_IN)
+        made.run("systemctl", "daemon-reload")
+        made.run("systemctl", "start", "srd", check=False)
+        journal = ("journalctl", "--no-pager", "--unit", "srd")
+        assert made.show("srd", "ActiveState") == "active", made.run(*journal)
+        made.wait(lambda: healthy(made), "it does its job")
+        yield made
+
+
+def healthy(node: Machine) -> bool:
+    return node.run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", URL, check=False) == "200"
+
+
+def srd(node: Machine, verb: str) -> dict[str, object]:
+    return json.loads(node.run("/opt/srd/bin/srd", verb, "-o", "json", check=False) or "{}")
+
+
+def pids(node: Machine) -> dict[str, int]:
+    return {child["service"]: child["pid"] for child in srd(node, "children").get("children", ())}  # type: ignore[union-attr]
+
+
+class Checks:
+    """A balancer's checks, one after the other, while something happens."""
+
+    def __init__(self, node: Machine) -> None:
+        self._node = node
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._check)
+        self.statuses: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _check(self) -> None:
+        while not self._over.is_set():
+            # 000 is curl's for no answer: refused, reset, or none within 10 s.
+            self.statuses.append(
+                self._node.run("curl", "-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}", URL, check=False)
+            )
+
+    def refused(self) -> int:
+        return self.statuses.count("000")
+
+
+def back(node: Machine, former: str) -> bool:
+    """Whether another srd than the former one does the node's job."""
+    active = node.show("srd", "ActiveState") == "active"
+    return active and node.show("srd", "MainPID") not in (former, "0") and healthy(node)
+
+
+@pytest.mark.parametrize("how", ["killed", "restarted", "hung"])
+def test_the_children_outlive_srd_and_no_check_is_refused(node: Machine, how: str) -> None:
+    before, former = pids(node), node.show("srd", "MainPID")
+    assert set(before) == set(SERVICES)
+    with Checks(node) as checks:
+        if how == "restarted":
+            node.run("systemctl", "restart", "srd")
+        else:
+            node.run("kill", "-KILL" if how == "killed" else "-STOP", former)
+        took = node.wait(lambda: back(node, former), "the next srd does its job")
+    print(f"\n{how}: back within {took:.1f} s, {len(checks.statuses)} checks, {checks.refused()} refused")  # noqa: T201
+    assert pids(node) == before
+    assert all(child["adopted"] for child in srd(node, "children")["children"])  # type: ignore[attr-defined]
+    # The connections that the dead one had accepted end with it; whoever comes after that waits.
+    assert checks.refused() <= (how != "restarted")
+
+
+def test_a_stop_ends_the_children_and_a_start_brings_them_back(node: Machine) -> None:
+    before = pids(node)
+    node.run("systemctl", "stop", "srd")
+    assert node.show("srd", "Result") == "success"
+    for pid in before.values():
+        assert node.run("cat", f"/proc/{pid}/comm", check=False) == ""
+    refused = subprocess.run(
+        ("nsenter", "--target", str(node.init), "--all", "curl", "-s", URL), check=False, capture_output=True
+    )
+    assert refused.returncode == 7, "curl's for a connection that was refused"
+    node.run("systemctl", "start", "srd")
+    node.wait(lambda: healthy(node), "it does its job again")
+    assert not set(pids(node).values()) & set(before.values())
