@@ -136,7 +136,7 @@ class Config:
     http: HttpSection
     bypass: tuple[Bypass, ...]
     revoked: frozenset[int] = frozenset()
-    parting_udp_port: int | None = None  # of ESP in UDP, of keys that were made by a former file and may be in use
+    parting_udp_ports: frozenset[int] = frozenset()  # of keys that were made by a former file and may be in use
 
     @property
     def suites(self) -> tuple[Suite, ...]:
@@ -151,7 +151,7 @@ class Config:
     @property
     def udp_ports(self) -> tuple[int, ...]:
         """The ports that ESP in UDP may come in at."""
-        return tuple(sorted({port for port in (self.udp_port, self.parting_udp_port) if port is not None}))
+        return tuple(sorted(self.parting_udp_ports | ({self.udp_port} if self.udp_port is not None else set())))
 
     def node(self, name: str) -> Node:
         """Return the node of that name; `KeyError` when the file has none."""

@@ -31,12 +31,13 @@ from srd.control.server import ControlServer
 from srd.desired import needs_restart
 from srd.duties import Duties
 from srd.ipsec import xfrm
+from srd.ipsec.encap import try_sockets
 from srd.ipsec.exchange import Installer, Unprotected
 from srd.ipsec.keying import Keying
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
-from srd.model import ConfigError, Endpoint, Identity, IpsecMode, Paths, SrdError
+from srd.model import ConfigError, Credentials, Endpoint, Identity, IpsecMode, Paths, SrdError
 from srd.preflight import Cleared, clear
 from srd.protection import Protection
 from srd.reconcile import Loop, boottime, contained, until_first
@@ -55,6 +56,8 @@ VERSION: Final = version("srd")
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 STATUS_SECONDS: Final = 2.0
+CLIENTS_RESYNC_SECONDS: Final = 60.0
+PASS_SECONDS: Final = 60.0
 LONGEST_WAIT_SECONDS: Final = 86400.0
 
 
@@ -88,6 +91,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._changing = asyncio.Lock()  # held by whatever changes who is in the cluster
+        self._admitting = asyncio.Lock()
         self._protection: Protection | None = None
         self._store = Store(boottime())
         self._write_certificates = self._store.writer("certificates")
@@ -152,6 +156,7 @@ class Daemon:
                 self._tell_the_manager,
                 self._until_stopped,
                 partial(self._reload_on_hangup, keying),
+                self._clients_loop(keying).run,
             ]
             with self._signals():
                 await until_first(*bodies)
@@ -180,6 +185,11 @@ class Daemon:
         link = self._store.view().links.get(peer)
         return link is None or not link.keyed or link.worn
 
+    def _clients_loop(self, keying: Keying) -> Loop:
+        """Return the loop that notices that a certificate has ended; whoever joins is taken in at once."""
+        review = partial(self._review_clients, keying)
+        return Loop("clients", review, resync=CLIENTS_RESYNC_SECONDS, timeout=PASS_SECONDS)
+
     async def _rekey(self, keying: Keying, asked: Mapping[str, str]) -> dict[str, Any]:
         """Answer `srd rekey`: the query names one `peer`, or none for all, and for how many seconds to `wait`."""
         every = [peer.name for peer in self._config.peers_of(self._node.name)]
@@ -205,9 +215,12 @@ class Daemon:
                 what = f"{', '.join(stuck)} cannot change while srd runs"
                 raise ConfigError("take in", str(self._paths.cluster_file), what, "stop srd and start it")
             old, new = self._config, self._roster.extend(bundle.config, time.time())
+            await asyncio.to_thread(try_sockets, new, self._node)  # what may be refused, before anything is changed
+            distrusted = await self._forget(await self._adopt(keying, new, bundle.credentials))
+            if self._duties is not None:
+                await self._duties.adopt(new)
             self._bundle = bundle
             self._write_certificates(bundle.not_after)
-            distrusted = await self._forget(await self._adopt(keying, new))
             await asyncio.to_thread(closing.remember, self._paths)
             before, after = ({node.name for node in config.nodes} for config in (old, new))
             done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": distrusted}
@@ -218,31 +231,35 @@ class Daemon:
     async def _join(self, keying: Keying, identity: Identity) -> None:
         """Let a client in whose certificate is proven; its policies stand when this returns.
 
-        Those that come while others are let in are taken in by one pass.
+        Those that come while others are let in are written down meanwhile, and taken in by one pass.
         """
-        async with self._changing:
+        async with self._admitting:
             file = self._bundle.config
             if any(node.name == identity.node for node in file.nodes):
                 return  # a client that the file has is judged by the file
             await asyncio.to_thread(self._roster.admit, identity, file, time.time())
-            config = self._roster.extend(file, time.time())
-            if config != self._config:
-                await self._adopt(keying, config)
+        await self._review_clients(keying)
 
-    async def _adopt(self, keying: Keying, config: Config) -> frozenset[str]:
-        """Go on by another cluster; return the peers whose keys are not to be trusted any more.
+    async def _review_clients(self, keying: Keying) -> None:
+        """Take in who has been let in, and put out whose certificate has ended."""
+        async with self._changing:
+            config = self._roster.extend(self._bundle.config, time.time())
+            if config == self._config:
+                return
+            before, after = ({node.name for node in each.nodes} for each in (self._config, config))
+            await self._adopt(keying, config, self._bundle.credentials)
+            log.info("clients", joined=sorted(after - before), put_out=sorted(before - after))
 
-        Former peers are let go by keying first, policies of new ones stand before a word is said to them. redis and
-        sentinel go on. stunnel is restarted if its certificate is another.
+    async def _adopt(self, keying: Keying, config: Config, credentials: Credentials) -> frozenset[str]:
+        """Protect the links of another cluster; return the peers whose keys are not to be trusted any more.
+
+        Former peers are let go by keying first, policies of new ones stand before a word is said to them.
         """
         keying.let_go(config)
         if self._protection is not None:
             await self._protection.adopt(config)
         self._config = config
-        distrusted = keying.adopt(config, self._bundle.credentials)
-        if self._duties is not None:
-            await self._duties.adopt(config)
-        return distrusted
+        return keying.adopt(config, credentials)
 
     async def _forget(self, distrusted: frozenset[str]) -> list[str]:
         """Give up the keys with peers whose certificate is revoked."""

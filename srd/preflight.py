@@ -15,7 +15,7 @@ from typing import Final
 from srd.cluster import KEYING_PORT, Config, Node
 from srd.control.client import is_answered
 from srd.ipsec import xfrm
-from srd.ipsec.encap import endpoints_of, open_socket
+from srd.ipsec.encap import try_sockets
 from srd.ipsec.suites import grades, read_proc_crypto
 from srd.ipsec.teardown import owned
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
@@ -108,11 +108,10 @@ def _problems_of(
 
 def _taken_for_udp(config: Config, node: Node) -> Iterator[SrdError]:
     """Yield why ESP in UDP could not come in; the sockets of an srd that runs or has run are in nobody's way."""
-    for endpoint in endpoints_of(config, node):
-        try:
-            open_socket(endpoint).close()
-        except SrdError as error:
-            yield error
+    try:
+        try_sockets(config, node)
+    except SrdError as error:
+        yield error
 
 
 def _missing_capabilities(config: Config) -> list[SrdError]:

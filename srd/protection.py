@@ -63,27 +63,27 @@ class Protection:
     async def adopt(self, config: Config) -> None:
         """Protect the links of a changed file; when this returns, the policies stand and ESP in UDP can come in."""
         async with self._one_change:
-            former = self._config
-            parting = former.parting_udp_port if former.udp_port == config.udp_port else former.udp_port
-            await self._adopt(replace(config, parting_udp_port=parting))
+            parting = frozenset(self._config.udp_ports) - {config.udp_port}
+            await self._adopt(replace(config, parting_udp_ports=parting))
 
     async def _adopt(self, config: Config) -> None:
         former, self._config = self._config, config
-        await self.mesh.adopt(config)
         self._encapsulation.adopt(config)
+        if former.udp_ports != config.udp_ports:
+            await self._encapsulation.reconcile()
+        await self.mesh.adopt(config)
         self._net.adopt(config)
         if former.udp_ports == config.udp_ports:
             self._net_loop.wake()
         else:  # keys that are made from now on are used in UDP, which must find its way
-            await self._encapsulation.reconcile()
             await self._net.reconcile()
 
     async def _keep_udp(self) -> None:
-        """Keep the sockets; close the port of a former file when no SA is for it any more."""
+        """Keep the sockets; close a port of a former file when no SA is for it any more."""
         async with self._one_change:
-            kernel, parting = self._view().kernel, self._config.parting_udp_port
-            if parting is not None and kernel is not None and parting not in kernel.udp_ports:
-                await self._adopt(replace(self._config, parting_udp_port=None))
+            kernel, parting = self._view().kernel, self._config.parting_udp_ports
+            if kernel is not None and parting - kernel.udp_ports:
+                await self._adopt(replace(self._config, parting_udp_ports=parting & kernel.udp_ports))
         await self._encapsulation.reconcile()
 
     async def forget(self, peers: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ what this node exchanges with it inside ESP must not go because it is away.
 
 from __future__ import annotations
 
+import contextlib
 from ipaddress import ip_address
 from typing import Final
 
@@ -31,12 +32,18 @@ class _Entry(msgspec.Struct, frozen=True):
     not_after: float
 
     @property
+    def number(self) -> int:
+        """The serial number."""
+        return int(self.serial, 16)
+
+    @property
     def node(self) -> Node:
+        """The client as a node of the mesh."""
         return Node(self.name, NodeKind.CLIENT, tuple(ip_address(text) for text in self.addresses))
 
     def valid(self, config: Config, wall_clock: float) -> bool:
         """Whether the certificate still lets its holder in."""
-        return wall_clock < self.not_after and int(self.serial, 16) not in config.revoked
+        return wall_clock < self.not_after and self.number not in config.revoked
 
 
 class Roster:
@@ -47,8 +54,8 @@ class Roster:
         self._entries: dict[str, _Entry] = {}
         try:
             found = msgspec.json.decode(self._path.read_bytes(), type=list[_Entry])
-            nodes = {entry.node.name: entry for entry in found}  # here, so that an address that is none is found out
-            self._entries = nodes
+            # Both are read here, so that an address or a number that is none is found out.
+            self._entries = {entry.node.name: entry for entry in found if entry.number}
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:  # msgspec's and ipaddress' errors are ValueErrors
@@ -63,19 +70,16 @@ class Roster:
         found = {}
         for entry in self._entries.values():
             if entry.name != but and entry.valid(config, wall_clock):
-                try:
+                with contextlib.suppress(ConfigError):  # a node of the file has its name or address now
                     config = config.joined_by(entry.node)
-                except ConfigError as error:
-                    log.info("a client is not in the cluster any more", client=entry.name, reason=error.reason)
-                else:
                     found[entry.name] = entry
         return config, found
 
     def admit(self, identity: Identity, config: Config, wall_clock: float) -> None:
         """Let the holder of a proven identity in, if it fits the cluster as it is, and remember it.
 
-        Raises `RefusedError` if a later certificate of that name was let in, `ConfigError` if name or addresses do not
-        fit, `SrdError` if it cannot be written down.
+        Raises `RefusedError` for a certificate that holds no more, or if a later one was let in, `ConfigError` if name
+        or addresses do not fit, `SrdError` if it cannot be written down.
         """
         known = self._entries.get(identity.node)
         serial = f"{identity.serial:x}"
@@ -83,9 +87,11 @@ class Roster:
             return
         if known is not None and known.valid(config, wall_clock) and known.not_after > identity.not_after:
             raise RefusedError("let in", identity.node, "a later certificate of that name has been let in")
+        entry = _Entry(identity.node, tuple(map(str, identity.addresses)), serial, identity.not_after)
+        if not entry.valid(config, wall_clock):
+            raise RefusedError("let in", identity.node, f"its certificate {serial} has ended, or is revoked")
         cluster, others = self._fitting(config, wall_clock, but=identity.node)
         cluster.joined_by(Node(identity.node, identity.kind, identity.addresses))
-        entry = _Entry(identity.node, tuple(map(str, identity.addresses)), serial, identity.not_after)
         entries = {**others, entry.name: entry}
         write_private(self._path, msgspec.json.encode(list(entries.values())))
         self._entries = entries

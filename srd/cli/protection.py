@@ -60,9 +60,9 @@ async def _teardown(paths: Paths) -> str:
                     "start srd, which adopts its children, and stop it",
                 )
         removed = await teardown.teardown(kernel)
-    if paths.run_dir.exists():
-        encap.end_holder(paths.run_dir / encap.FILE_NAME)
     # The second net last: it drops what the policies no longer cover.
     for keeper in await backstop.usable_keepers():
         await keeper.remove()
+    for path in encap.holder_files(paths.run_dir):
+        encap.end_holder(path)
     return f"removed {len(removed.policies)} policies and {len(removed.sas)} SAs"

@@ -108,11 +108,11 @@ def remove_command(directory: Path, name: str) -> None:
 @_DIRECTORY
 @click.argument("name")
 def revoke_command(directory: Path, name: str) -> None:
-    """Revoke the certificate that a node's bundle has; for a new one, `srd node renew` after that."""
+    """Revoke every certificate that a node or client ever had; for a new one, `srd node renew` after that."""
     from srd.trust.issuing import revoke  # noqa: PLC0415 - as above
 
-    config, serial = revoke(directory, name)
-    click.echo(f"{serial} is let in no more, once every node has the new cluster.toml")
+    config, serials = revoke(directory, name)
+    click.echo(f"{', '.join(serials) or 'nothing new'} is let in no more, once every node has the new cluster.toml")
     _say_where(directory, config)
 
 

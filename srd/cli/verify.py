@@ -56,20 +56,20 @@ async def _verify(links: Document, wire: float | None) -> Document:
 
         async def prove(link: Document, leg: Document) -> Document:
             async with together:
-                return await _prove(kernel, links["protected_ports"], link, leg)
+                return await _prove(kernel, links, link, leg)
 
         proofs = await asyncio.gather(*(prove(link, leg) for link in wanted for leg in link["legs"]))
         seen = await _watch(kernel, links, wire) if wire is not None else None
-    silent = [link["peer"] for link in wanted if not link["legs"]]
+    silent = [link["peer"] for link in wanted if not all(leg["spi_out"] for leg in link["legs"]) or not link["legs"]]
     found: Document = {"schema": 1, "node": links["node"], "proofs": list(proofs), "without_keys": silent, "wire": seen}
     return found | {"exit_status": _status(found)}
 
 
-async def _prove(kernel: Any, protected: list[int], link: Document, leg: Document) -> Document:
+async def _prove(kernel: Any, links: Document, link: Document, leg: Document) -> Document:
     from srd.verify import probes  # noqa: PLC0415 - as above
 
-    pair, (redis, sentinel) = _pair(leg), protected
-    encrypted = await probes.encrypted(kernel, pair)
+    pair, (redis, sentinel) = _pair(leg), links["protected_ports"]
+    encrypted = await probes.encrypted(kernel, pair, _exemptions(links))
     refusal = await probes.plaintext(pair, sentinel if link["kind"] == "sentinel" else redis)
     return {
         "peer": link["peer"],
@@ -91,7 +91,7 @@ async def _watch(kernel: Any, links: Document, seconds: float) -> Document:
     async with asyncio.TaskGroup() as group:
         watching = group.create_task(probes.watch([remote for _, remote in pairs], _exemptions(links), seconds))
         for pair in pairs:
-            group.create_task(probes.encrypted(kernel, pair))
+            group.create_task(probes.encrypted(kernel, pair, _exemptions(links)))
     seen = watching.result()
     return {
         "seconds": seconds,
@@ -118,7 +118,7 @@ def _exemptions(links: Document) -> Any:
     return Exemptions(
         protected=frozenset(links["protected_ports"]),
         bypass=frozenset((numbers[protocol], int(port)) for protocol, port in entries),
-        udp_port=links["udp_port"],
+        udp_ports=frozenset(links["udp_ports"]),
     )
 
 
@@ -128,8 +128,9 @@ def _status(found: Document) -> int:
         return EXIT_PLAINTEXT
     if any(proof["plaintext"] == "answered" for proof in found["proofs"]):
         return EXIT_ANSWERED
-    unproven = any(not proof["encrypted"] or proof["plaintext"] != "refused" for proof in found["proofs"])
-    return EXIT_UNPROVEN if unproven or found["without_keys"] or (wire is not None and wire["lost"]) else 0
+    # Without any proof nothing is proven.
+    proven = [proof["encrypted"] and proof["plaintext"] == "refused" for proof in found["proofs"]] or [False]
+    return EXIT_UNPROVEN if not all(proven) or found["without_keys"] or (wire is not None and wire["lost"]) else 0
 
 
 def _show(found: Document) -> None:
@@ -151,6 +152,8 @@ def _show(found: Document) -> None:
 
 def _remarks(found: Document) -> Iterator[str]:
     for proof in found["proofs"]:
+        if proof["seen"]:
+            yield f"{proof['peer']} {proof['remote']}: {proof['seen']} packets in plaintext were on the wire meanwhile"
         if proof["reason"]:
             yield f"{proof['peer']} {proof['remote']}: {proof['reason']}"
     for peer in found["without_keys"]:

@@ -56,7 +56,7 @@ def links(situation: Situation, _version: str) -> Document:
         "required": s.config.ipsec.mode is IpsecMode.ESP,
         "protected_ports": [s.config.redis.port, s.config.sentinel.port],
         "bypass": [str(entry) for entry in s.config.bypass],
-        "udp_port": s.config.udp_port,
+        "udp_ports": sorted({*s.config.udp_ports, *(s.view.kernel.udp_ports if s.view.kernel is not None else ())}),
         "links": [_link(s, peer) for peer in s.config.peers_of(s.node.name)],
         "kernel": None
         if s.view.kernel is None

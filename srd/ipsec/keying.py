@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final, Protocol
@@ -24,6 +24,7 @@ from srd.ipsec.exchange import STEP_SECONDS, Exchange, Installer
 from srd.ipsec.peering import RETRY_SECONDS, Peering
 from srd.ipsec.protocol import Beat, KeyingError, leads
 from srd.ipsec.sockets import Sockets
+from srd.ipsec.strangers import STRANGER_SECONDS, Strangers
 from srd.model import (
     Credentials,
     Identity,
@@ -41,12 +42,6 @@ log = structlog.get_logger(__name__)
 
 # Handshakes with peers at a time: more than any cluster opens at once, few enough to bound memory.
 MAX_HANDSHAKES: Final = 256
-# Handshakes with addresses that are no peer's: a client that joins by its certificate, or anybody. Each address has one
-# place and keeps it for a second at least, so that outsiders cost this node less than a tenth of a CPU.
-MAX_STRANGERS: Final = 64
-STRANGER_SECONDS: Final = 5.0
-STRANGER_PAUSE_SECONDS: Final = 1.0
-MAX_GRIEVANCES: Final = 1024
 ACCEPT_PAUSE_SECONDS: Final = 0.1
 
 
@@ -91,15 +86,12 @@ class Keying:
         self._join = join
         self._write_channels = store.writer("channels")
         self._write_reports = store.writer("peers")
-        self._write_refusals = store.writer("keying_refusals")
-        self._refusals = 0
-        self._grievances: dict[str, str] = {}  # by address, why the last connection was refused
         self._channels: dict[str, Channel] = {}
         self._reports: dict[str, PeerReport] = {}
         # Accepted, and not yet served: a task that is cancelled before it begins cannot close what it was given.
         self._arrived: set[socket.socket] = set()
         self._handshakes = asyncio.Semaphore(MAX_HANDSHAKES)
-        self._strangers: set[str] = set()  # the addresses that have a place
+        self._strangers = Strangers(store.writer("keying_refusals"))
         self._exchange = Exchange(config=config, node=node, boot_id=boot_id, grades=grades, installer=installer)
         self._wants_keys = wants_keys
         self._peerings: dict[str, Peering] = {}
@@ -252,11 +244,9 @@ class Keying:
             connection.close()
             peering.knock()
             return
-        if peering is None:
-            if address in self._strangers or len(self._strangers) >= MAX_STRANGERS:
-                connection.close()
-                return
-            self._strangers.add(address)
+        if peering is None and not self._strangers.enter(address):
+            connection.close()
+            return
         self._arrived.add(connection)
         group.create_task(contained("keying connection", partial(self._serve, connection, address, peering)))
 
@@ -273,7 +263,7 @@ class Keying:
 
     async def _serve(self, connection: socket.socket, address: str, caller: Peering | None) -> None:
         """Let a connection in, or refuse it; then it is its peering's. `caller` is the peer at that address, if any."""
-        async with self._strangers_place(address) if caller is None else self._handshakes:
+        async with self._strangers.placed(address) if caller is None else self._handshakes:
             self._arrived.discard(connection)
             channel = await self._channel(connection, accepted=True)
             try:
@@ -286,29 +276,12 @@ class Keying:
                 if caller is not None:
                     caller.turned_away(error)
                 else:
-                    self._turn_away(address, str(error))
+                    self._strangers.turn_away(address, str(error))
                 return
             except asyncio.CancelledError:
                 channel.close()
                 raise
         await peering.follow(channel)
-
-    @contextlib.asynccontextmanager
-    async def _strangers_place(self, address: str) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            asyncio.get_running_loop().call_later(STRANGER_PAUSE_SECONDS, self._strangers.discard, address)
-
-    def _turn_away(self, address: str, reason: str) -> None:
-        """Count a stranger who was not let in, and say it once: a client that is revoked, say, goes on trying."""
-        self._refusals += 1
-        self._write_refusals(self._refusals)
-        if self._grievances.get(address) != reason:
-            log.warning("keying connection refused", address=address, error=reason)
-            if len(self._grievances) >= MAX_GRIEVANCES:
-                self._grievances.clear()
-            self._grievances[address] = reason
 
     async def _prove(self, channel: TlsChannel, seconds: float) -> Identity:
         """Shake hands; return who the other end is, if its certificate holds here and now, whoever the nodes are."""

@@ -23,6 +23,8 @@ from srd.trust.authority import Issued, identify
 from srd.trust.bundle import CLIENT_DIRECTORY, PUBLIC, write_bundle, write_certificates, write_file
 
 _OPERATION = "add the node"
+# The certificates that were replaced, of each name. Hidden: it is no bundle.
+FORMER = ".former"
 
 
 def add_node(
@@ -38,6 +40,9 @@ def add_node(
     if name == CLIENT_DIRECTORY or (directory / name).exists():
         raise ConfigError(_OPERATION, name, f"{directory / name} is taken", "choose another name")
     node = config.node(name)
+    for other in holders(directory, parse_config(text, str(directory / "cluster.toml"))):
+        if taken := set(other.addresses) & set(node.addresses):
+            raise ConfigError(_OPERATION, name, f"{taken.pop()} is {other.name!r} already")
     authority = _authority(directory)
     client = kind is NodeKind.CLIENT
     secrets = None if client else _read(_some_bundle(directory, config, name) / "secrets.toml")
@@ -56,9 +61,19 @@ def renew_node(directory: Path, name: str, now: datetime.datetime) -> Node:
         raise ConfigError("renew the certificates of", name, f"{directory} has no such node")
     with _staging(directory, name) as staging:
         write_certificates(staging, config.cluster, node, _authority(directory), now)
+        _put_by(directory, name)
         for file in sorted(staging.iterdir()):
             file.rename(directory / name / file.name)
     return node
+
+
+def _put_by(directory: Path, name: str) -> None:
+    """Keep the certificate that is about to be replaced: it goes on being valid, and may have to be revoked."""
+    present = directory / name / "node.crt"
+    if present.exists():
+        former = directory / FORMER / name
+        former.mkdir(mode=0o700, parents=True, exist_ok=True)
+        present.rename(former / f"{_certificate(present).serial_number:x}.crt")
 
 
 def remove_node(directory: Path, name: str) -> Config:
@@ -73,20 +88,20 @@ def remove_node(directory: Path, name: str) -> Config:
     return _distribute(directory, changed, lambda after: after.nodes == wanted)
 
 
-def revoke(directory: Path, name: str) -> tuple[Config, str]:
-    """Put the certificate that a node's bundle has on the list of those that are let in no more; name its serial."""
+def revoke(directory: Path, name: str) -> tuple[Config, tuple[str, ...]]:
+    """Put all certificates that a name ever had on the list of those that are let in no more; name the new entries."""
     text, config = _cluster(directory)
-    certificate = _certificate(directory / name / "node.crt")
-    serial = f"{certificate.serial_number:x}"
-    listed = ", ".join(f'"{number:x}"' for number in sorted({*config.revoked, certificate.serial_number}))
+    paths = [directory / name / "node.crt", *(directory / FORMER / name).glob("*.crt")]
+    wanted = config.revoked | {_certificate(path).serial_number for path in paths}
+    listed = ", ".join(f'"{number:x}"' for number in sorted(wanted))
     line = f"revoked = [{listed}]"
     changed, count = re.subn(r"(?m)^[ \t]*revoked[ \t]*=[ \t]*\[[^\]]*\].*$", line, text)
     if not count and re.search(r"(?m)^\s*\[\s*trust\s*\]", text):
         changed = re.sub(r"(?m)^(\s*\[\s*trust\s*\].*)$", rf"\1\n{line}", text)
     elif not count:
         changed = f"{text.rstrip()}\n\n[trust]\n{line}\n"
-    wanted = config.revoked | {certificate.serial_number}
-    return _distribute(directory, changed, lambda after: after.revoked == wanted), serial
+    new = tuple(f"{number:x}" for number in sorted(wanted - config.revoked))
+    return _distribute(directory, changed, lambda after: after.revoked == wanted), new
 
 
 def holders(directory: Path, config: Config) -> tuple[Node, ...]:

@@ -6,7 +6,7 @@ With them a busy node's ESP is not copied to a process that counts what is not E
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from srd.desired import TCP, UDP
@@ -53,7 +53,7 @@ class _Program:
         return b"".join(lines())
 
 
-def plaintext_filter(peers: frozenset[bytes], udp_port: int | None) -> bytes:
+def plaintext_filter(peers: frozenset[bytes], udp_ports: Iterable[int]) -> bytes:
     """Return a filter for packets with one of `peers` that are not ESP: a little too many, which `judge` sorts out."""
     program = _Program()
     program.add(*_LD_PROTOCOL)
@@ -64,8 +64,8 @@ def plaintext_filter(peers: frozenset[bytes], udp_port: int | None) -> bytes:
         program.label(f"v{version}")
         program.add(_LDB, protocol)
         program.jump_if(ESP, "drop")
-        if udp_port is not None:
-            _skip_esp_in_udp(program, version, udp_port)
+        for port in udp_ports:
+            _skip_esp_in_udp(program, version, port)
         ends = sorted({int.from_bytes(peer[-4:]) for peer in peers if len(peer) == (4 if version == 4 else 16)})  # noqa: PLR2004
         for offset in (source, destination):
             program.add(_LD, offset)
@@ -80,7 +80,8 @@ def plaintext_filter(peers: frozenset[bytes], udp_port: int | None) -> bytes:
 
 
 def _skip_esp_in_udp(program: _Program, version: int, port: int) -> None:
-    other = f"v{version} not in UDP"
+    other = f"v{version} not in UDP at {port}"
+    program.add(_LDB, _OFFSETS[version][0])
     program.jump_unless(UDP, other)
     base = 0
     if version == 4:  # noqa: PLR2004 - IP version

@@ -46,7 +46,7 @@ class Exemptions:
 
     protected: frozenset[int]
     bypass: frozenset[tuple[int, int]]
-    udp_port: int | None = None  # of ESP in UDP
+    udp_ports: frozenset[int] = frozenset()  # of ESP in UDP
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ def _by_ports(parsed: _Parsed, ports: frozenset[int], exemptions: Exemptions) ->
             return Kind.PROBE if _is_probe(parsed.payload) else Kind.PLAINTEXT
         if KEYING_PORT in ports and any(port in KEYING_CLIENT_PORTS for port in ports):
             return Kind.EXEMPT
-    elif ports == {exemptions.udp_port} and parsed.payload[8:12].strip(b"\0"):  # SPI 0 is IKE (RFC 3948 section 2.2)
+    # In UDP an SPI of 0 is IKE (RFC 3948 section 2.2).
+    elif len(ports) == 1 and ports <= exemptions.udp_ports and parsed.payload[8:12].strip(b"\0"):
         return Kind.ESP
     return Kind.EXEMPT if any((parsed.protocol, port) in exemptions.bypass for port in ports) else Kind.PLAINTEXT
 

@@ -2,7 +2,8 @@
 
 They are taken at the kernel and the wire themselves, not from what the daemon says of them.
 
-1. Echo requests to the peer; the packets that its SAs have carried, both ways, must grow by them.
+1. Echo requests to the peer: all must be answered, what its SAs have carried, both ways, must grow by as many packets,
+   and nothing with the peer may be seen on the wire meanwhile that is neither ESP nor exempt.
 2. Two segments that open a connection are sent below IPsec, as anybody on the wire could. The first, to the keying
    channel's port, is exempt and must be answered: it shows that such a frame arrives at all. The second, to a protected
    port, must not be, neither in plaintext nor in ESP.
@@ -17,7 +18,7 @@ import enum
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -53,17 +54,21 @@ _READ_BYTES: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class Encrypted:
-    """What became of echo requests to a peer: how many were sent and answered, what its SAs carried meanwhile."""
+    """What became of echo requests to a peer: how many were sent and answered, what its SAs carried meanwhile.
+
+    `seen` is how many packets with the peer were on the wire in plaintext at the time.
+    """
 
     sent: int
     answered: int
     carried_out: int
     carried_in: int
+    seen: int
 
     @property
     def proven(self) -> bool:
-        """Every one of them left in ESP, and every answer came in it."""
-        return self.answered > 0 and self.carried_out >= self.sent and self.carried_in >= self.answered
+        """All of them were answered, the SAs carried as many both ways, and none was seen outside."""
+        return self.answered == self.sent <= min(self.carried_out, self.carried_in) and not self.seen
 
 
 class Plaintext(enum.StrEnum):
@@ -91,17 +96,27 @@ class Watched:
     lost: int = 0
 
 
-async def encrypted(kernel: xfrm.XfrmSocket, pair: Pair) -> Encrypted:
-    """Send echo requests and compare them with what the pair's SAs have carried."""
-    found = Encrypted(0, 0, 0, 0)
+async def encrypted(kernel: xfrm.XfrmSocket, pair: Pair, exemptions: Exemptions) -> Encrypted:
+    """Send echo requests, and compare them with what the pair's SAs have carried and with what was on the wire."""
+    peers = frozenset({pair[1].packed})
+    found = Encrypted(0, 0, 0, 0, 0)
     for _ in range(COUNT_TRIES):
-        before = await _carried(kernel, pair)
-        answered = await _echo(pair)
-        after = await _carried(kernel, pair)
-        found = Encrypted(ECHOES, answered, after[0] - before[0], after[1] - before[1])
-        if found.proven:
+        with packet_socket(plaintext_filter(peers, exemptions.udp_ports)) as wire:
+            before = await _carried(kernel, pair)
+            answered = await _echo(pair)
+            after = await _carried(kernel, pair)
+            seen = sum(judge(packet, peers, exemptions) is Kind.PLAINTEXT for packet in _queued(wire))
+        found = Encrypted(ECHOES, answered, after[0] - before[0], after[1] - before[1], seen)
+        if found.proven or seen:
             break
     return found
+
+
+def _queued(wire: socket.socket) -> Iterator[bytes]:
+    """Yield what a socket has received so far."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield wire.recv(_READ_BYTES)
 
 
 async def _carried(kernel: xfrm.XfrmSocket, pair: Pair) -> tuple[int, int]:
@@ -132,9 +147,15 @@ async def _echo(pair: Pair) -> int:
 async def plaintext(pair: Pair, port: int) -> Refusal:
     """Try to open a connection to a protected port of the peer below IPsec."""
     try:
-        way = await way_to(pair)
+        return await _plaintext(pair, port)
     except SrdError as error:
         return Refusal(Plaintext.NOT_TRIED, str(error))
+    except OSError as error:  # an interface that went down, say
+        return Refusal(Plaintext.NOT_TRIED, error.strerror or "the frame could not be sent")
+
+
+async def _plaintext(pair: Pair, port: int) -> Refusal:
+    way = await way_to(pair)
     # One that the keying channel uses at the moment is answered too (RFC 5961 section 4), and not disturbed.
     if not await _answered(pair, secrets.choice(KEYING_CLIENT_PORTS), KEYING_PORT, way):
         reason = f"no frame from here is answered at port {KEYING_PORT}, which is exempt"
@@ -180,14 +201,13 @@ async def watch(peers: Collection[IpAddress], exemptions: Exemptions, seconds: f
     packed = frozenset(peer.packed for peer in peers)
     found = Watched()
     loop = asyncio.get_running_loop()
-    with packet_socket(plaintext_filter(packed, exemptions.udp_port)) as wire:
+    with packet_socket(plaintext_filter(packed, exemptions.udp_ports)) as wire:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while True:
                     _note(await loop.sock_recv(wire, _READ_BYTES), packed, exemptions, found)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                _note(wire.recv(_READ_BYTES), packed, exemptions, found)
+        for packet in _queued(wire):
+            _note(packet, packed, exemptions, found)
         found.lost = lost(wire)
     return found
 

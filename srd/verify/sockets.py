@@ -79,8 +79,10 @@ async def way_to(pair: Pair) -> tuple[Any, ...]:
     Raises `SrdError` where there is no such address: a link without them, or a neighbour that nobody has spoken to.
     """
     local, remote = pair
-    (route,) = await _ip("route", "get", str(remote), "from", str(local))
-    hop, interface = route.get("gateway", str(remote)), route["dev"]
+    routes = await _ip("route", "get", str(remote), "from", str(local))
+    if not routes:
+        raise SrdError("send below IPsec to", str(remote), "there is no route")
+    hop, interface = routes[0].get("gateway", str(remote)), routes[0]["dev"]
     neighbours = await _ip(f"-{local.version}", "neigh", "show", "to", hop, "dev", interface)
     address = next((entry["lladdr"] for entry in neighbours if "lladdr" in entry), None)
     if address is None:
@@ -122,6 +124,8 @@ async def _ip(*arguments: str) -> list[dict[str, Any]]:
     try:
         async with asyncio.timeout(_PROGRAM_SECONDS):
             output, complaint = await process.communicate()
+    except TimeoutError:
+        raise SrdError("run", "ip", f"it took longer than {_PROGRAM_SECONDS:g} s") from None
     finally:
         if process.returncode is None:
             process.kill()

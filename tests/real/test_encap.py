@@ -1,9 +1,10 @@
-"""The sockets of ESP in UDP, here and in the program that holds them while srd is away."""
+"""The sockets of ESP in UDP, here and in the programs that hold them while srd is away."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -16,21 +17,21 @@ from support.nodes import eventually, free_ports
 
 from srd.cluster import Config
 from srd.config import parse_config
-from srd.ipsec.encap import FILE_NAME, Encapsulation, end_holder, find_holder
+from srd.ipsec.encap import Encapsulation, end_holder, holder_file, holder_files, holder_pids, is_held, try_sockets
 from srd.model import ConfigError, IpsecMode
 
 NAME = "redis-1"
 
 
-def config_of(port: int | None) -> Config:
-    """A cluster on loopback, which the file refuses for ESP: only its addresses matter here."""
-    extra = "" if port is None else f'encap = "udp"\nencap_port = {port}\n'
-    config = parse_config(cluster_toml(extra=extra), "cluster.toml")
-    return dataclasses.replace(config, ipsec=msgspec.structs.replace(config.ipsec, mode=IpsecMode.ESP))
+def config_of(*ports: int) -> Config:
+    """A cluster on loopback, which the file refuses for ESP: only its addresses and ports matter here."""
+    config = parse_config(cluster_toml(), "cluster.toml")
+    section = msgspec.structs.replace(config.ipsec, mode=IpsecMode.ESP)
+    return dataclasses.replace(config, ipsec=section, parting_udp_ports=frozenset(ports))
 
 
-def made(run_dir: Path, port: int | None) -> Encapsulation:
-    config = config_of(port)
+def made(run_dir: Path, *ports: int) -> Encapsulation:
+    config = config_of(*ports)
     return Encapsulation(config=config, node=config.node(NAME), run_dir=run_dir)
 
 
@@ -47,29 +48,30 @@ def bound(port: int) -> bool:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
-    holder = find_holder(tmp_path / FILE_NAME)
-    if end_holder(tmp_path / FILE_NAME) and holder is not None:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(holder.pid, 0)  # its port is free then
+    for path in holder_files(tmp_path):
+        pids = holder_pids(path)
+        end_holder(path)
+        for pid in pids:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
-def holder_of(run_dir: Path) -> int:
-    holder = find_holder(run_dir / FILE_NAME)
-    assert holder is not None
-    return holder.pid
+def holder_of(run_dir: Path, port: int) -> int:
+    (pid,) = holder_pids(holder_file(run_dir, port))
+    return pid
 
 
 async def test_the_sockets_outlive_srd_and_the_next_one_leaves_them_where_they_are(run_dir: Path) -> None:
     (port,) = free_ports(1)
     first = made(run_dir, port)
     await first.reconcile()
-    pid = holder_of(run_dir)
+    pid = holder_of(run_dir, port)
     first.close()
     assert bound(port)
     second = made(run_dir, port)
     await second.reconcile()
     await second.reconcile()
-    assert holder_of(run_dir) == pid
+    assert holder_of(run_dir, port) == pid
     second.close()
 
 
@@ -77,84 +79,82 @@ async def test_a_holder_that_is_killed_is_replaced_and_srds_own_sockets_stand_me
     (port,) = free_ports(1)
     kept = made(run_dir, port)
     await kept.reconcile()
-    pid = holder_of(run_dir)
+    pid = holder_of(run_dir, port)
     os.kill(pid, 9)
 
     async def ended() -> bool:
-        return find_holder(run_dir / FILE_NAME) is None
+        return not is_held(holder_file(run_dir, port))
 
     await eventually(ended, "the end of the holder")
     assert bound(port)
     await kept.reconcile()
-    assert holder_of(run_dir) != pid
+    assert holder_of(run_dir, port) != pid
     kept.close()
 
 
-async def test_a_holder_that_nobody_wrote_down_is_found_and_replaced(run_dir: Path) -> None:
-    (port,) = free_ports(1)
-    kept = made(run_dir, port)
-    await kept.reconcile()
-    pid = holder_of(run_dir)
-    with (run_dir / FILE_NAME).open("r+b") as file:
-        file.truncate(0)
-    assert holder_of(run_dir) == pid
-
-    async def replaced() -> bool:
-        await kept.reconcile()
-        holder = find_holder(run_dir / FILE_NAME)
-        return holder is not None and holder.pid != pid and holder.endpoints == (f"127.0.1.1:{port}",)
-
-    await eventually(replaced, "a holder that is written down")
-    kept.close()
-
-
-async def test_another_port_has_another_holder_and_without_udp_there_is_none(run_dir: Path) -> None:
+async def test_ports_come_and_go_each_with_its_holder_and_no_other_is_touched(run_dir: Path) -> None:
     before, after = free_ports(2)
     kept = made(run_dir, before)
     await kept.reconcile()
+    pid = holder_of(run_dir, before)
+    kept.adopt(config_of(before, after))
+    await kept.reconcile()
+    assert holder_of(run_dir, before) == pid
     kept.adopt(config_of(after))
-
-    async def moved() -> bool:
-        await kept.reconcile()
-        holder = find_holder(run_dir / FILE_NAME)
-        return holder is not None and holder.endpoints == (f"127.0.1.1:{after}",)
-
-    await eventually(moved, "a holder for the other port")
+    await kept.reconcile()
     assert not bound(before)
-    kept.adopt(config_of(None))
+    assert bound(after)
+    kept.adopt(config_of())
+    await kept.reconcile()
+    assert not bound(after)
+    assert holder_files(run_dir) == []
 
-    async def gone() -> bool:
+
+async def test_a_holder_of_other_sockets_is_replaced_within_the_pass_whatever_is_written_about_it(
+    run_dir: Path,
+) -> None:
+    (port,) = free_ports(1)
+    kept = made(run_dir, port)
+    await kept.reconcile()
+    for text in ("", json.dumps([f"('127.0.1.9', {port})"]), '{"pid": 1}'):
+        pid = holder_of(run_dir, port)
+        holder_file(run_dir, port).write_text(text)
         await kept.reconcile()
-        return not bound(after)
-
-    await eventually(gone, "the end of the sockets")
-    assert not end_holder(run_dir / FILE_NAME)
+        assert holder_of(run_dir, port) != pid
+    kept.close()
 
 
-def status_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/status").read_text()
+def files_of(pid: int) -> dict[str, int]:
+    """What a process has open, and with which flags (proc(5), fdinfo)."""
+    found = {}
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        flags = next(
+            line for line in Path(f"/proc/{pid}/fdinfo/{path.name}").read_text().splitlines() if "flags" in line
+        )
+        found[str(path.readlink())] = int(flags.split()[1], 8)
+    return found
 
 
-def files_of(pid: int) -> set[str]:
-    return {str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()}
-
-
-async def test_the_holder_has_no_rights_and_nothing_else_of_srds(run_dir: Path) -> None:
+async def test_the_holder_has_nothing_else_of_srds_and_cannot_write_its_file(run_dir: Path) -> None:
     (port,) = free_ports(1)
     kept = made(run_dir, port)
     secret = os.open(run_dir / "secret", os.O_CREAT | os.O_RDWR)
     await kept.reconcile()
-    pid = holder_of(run_dir)
-    assert "CapEff:\t0000000000000000" in status_of(pid)
-    assert str(run_dir / "secret") not in files_of(pid)
-    assert str(run_dir / FILE_NAME) in files_of(pid)
+    held = files_of(holder_of(run_dir, port))
+    assert str(run_dir / "secret") not in held
+    assert held[str(holder_file(run_dir, port))] & os.O_ACCMODE == os.O_RDONLY
     os.close(secret)
     kept.close()
 
 
-async def test_a_port_that_another_daemon_has_is_named(run_dir: Path) -> None:
+async def test_a_port_that_another_daemon_has_is_named_and_srds_own_is_free(run_dir: Path) -> None:
     (port,) = free_ports(1)
+    config = config_of(port)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
         other.bind(("127.0.1.1", port))
         with pytest.raises(ConfigError, match=rf"127\.0\.1\.1:{port}.*in use; .*choose another ipsec\.encap_port"):
-            await made(run_dir, port).reconcile()
+            try_sockets(config, config.node(NAME))
+    kept = made(run_dir, port)
+    await kept.reconcile()
+    try_sockets(config, config.node(NAME))
+    kept.close()

@@ -15,11 +15,12 @@ from support.keyings import FAST_AES, SOFTWARE_AES, esp, keying_of, running
 
 from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Node
 from srd.ipsec.exchange import STEP_SECONDS
-from srd.ipsec.keying import MAX_HANDSHAKES, STRANGER_PAUSE_SECONDS
+from srd.ipsec.keying import MAX_HANDSHAKES
 from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
 from srd.ipsec.protocol import KeyingError
 from srd.ipsec.sas import Generation
 from srd.ipsec.serials import SerialsFile
+from srd.ipsec.strangers import STRANGER_PAUSE_SECONDS
 from srd.model import Identity, NodeKind, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime
 from srd.trust.bundle import Bundle, load_bundle

@@ -19,7 +19,7 @@ from srd.verify.sockets import sending_socket, way_to
 
 HERE, THERE, OTHER = (ip_address(f"192.0.2.{number}") for number in (1, 2, 9))
 HERE6, THERE6, OTHER6 = (ip_address(f"2001:db8::{number}") for number in (1, 2, 9))
-EXEMPT = Exemptions(frozenset({6379}), frozenset({(TCP, 22)}), udp_port=4500)
+EXEMPT = Exemptions(frozenset({6379}), frozenset({(TCP, 22)}), udp_ports=frozenset({4500}))
 # A host that listens on the keying port and on redis', until it is told to end.
 LISTEN = """
 import socket

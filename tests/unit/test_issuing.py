@@ -78,10 +78,12 @@ def test_a_client_is_renewed_and_revoked_and_gets_every_new_file(root: Path) -> 
     assert renew_node(bundles, "app-1", NOW).kind is NodeKind.CLIENT
     renewed = load_bundle(paths_of(root, "app-1"), NOW)
     assert renewed.credentials.identity.serial != first
-    _, serial = revoke(bundles, "app-1")
+    _, serials = revoke(bundles, "app-1")
     add_node(bundles, "redis-4", ["127.0.1.4"], NodeKind.REDIS, NOW)
     after = load_bundle(paths_of(root, "app-1"), NOW)
-    assert after.config.revoked == {int(serial, 16)} == {renewed.credentials.identity.serial}
+    # The one that was renewed goes on being valid for years: it must not be the way back in.
+    assert after.config.revoked == {int(serial, 16) for serial in serials}
+    assert after.config.revoked == {first, renewed.credentials.identity.serial}
     assert [node.name for node in after.config.nodes] == [*NODES, "redis-4", "app-1"]
     with pytest.raises(ConfigError, match=r"cluster\.toml of .* has no such node; srd node revoke .* app-1 puts"):
         remove_node(bundles, "app-1")
@@ -95,6 +97,15 @@ def test_a_client_that_could_not_join_gets_no_bundle(root: Path, name: str, addr
     before = contents(root)
     with pytest.raises(ConfigError):
         add_node(root / "bundles", name, addresses, NodeKind.CLIENT, NOW)
+    assert contents(root) == before
+
+
+@pytest.mark.parametrize(("name", "kind"), [("app-2", NodeKind.CLIENT), ("redis-4", NodeKind.REDIS)])
+def test_an_address_that_a_client_has_is_nobody_elses(root: Path, name: str, kind: NodeKind) -> None:
+    add_node(root / "bundles", "app-1", ["127.0.1.9"], NodeKind.CLIENT, NOW)
+    before = contents(root)
+    with pytest.raises(ConfigError, match=r"127\.0\.1\.9 is 'app-1' already"):
+        add_node(root / "bundles", name, ["127.0.1.9"], kind, NOW)
     assert contents(root) == before
 
 
@@ -124,7 +135,7 @@ def test_what_was_revoked_and_removed_stays_so_when_a_node_is_added(root: Path) 
     bundles = root / "bundles"
     serial = load_bundle(paths_of(root, "redis-2"), NOW).credentials.identity.serial
     _, said = revoke(bundles, "redis-2")
-    assert int(said, 16) == serial
+    assert [int(text, 16) for text in said] == [serial]
     renew_node(bundles, "redis-2", NOW)
     other = load_bundle(paths_of(root, "redis-2"), NOW).credentials.identity.serial
     revoke(bundles, "redis-2")
@@ -141,7 +152,7 @@ def test_a_list_that_is_there_is_added_to(root: Path, text: str) -> None:
     file = root / "bundles" / "cluster.toml"
     file.write_text(file.read_text() + text)
     before = 2 if "ab" in text else 0
-    config, serial = revoke(root / "bundles", "redis-1")
+    config, (serial,) = revoke(root / "bundles", "redis-1")
     assert len(config.revoked) == before + 1
     assert int(serial, 16) in config.revoked
 

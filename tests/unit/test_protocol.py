@@ -25,6 +25,7 @@ from srd.desired import leg_addresses
 from srd.ipsec import protocol
 from srd.ipsec.mesh import GRACE_SECONDS, Mesh
 from srd.ipsec.protocol import (
+    PROTOCOL,
     Action,
     Agree,
     Beat,
@@ -144,7 +145,7 @@ def replace_hello(message: Message, **changes: object) -> Message:
 
 
 ALL: list[Message] = [
-    Hello(1, "x", 0, {str(s): 2 for s in Suite}, []),
+    Hello(PROTOCOL, "x", 0, {str(s): 2 for s in Suite}, []),
     Prepare(1, Suite.CHACHA20_POLY1305, [0x1000, 0x1001]),
     Prepared(1, [0x1000, 0x1001]),
     Commit(1),

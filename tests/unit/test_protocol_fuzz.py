@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from unit.test_protocol import ALL, GRADES, ONE, TWO, exporter, terms
 
 from srd.ipsec.protocol import (
+    PROTOCOL,
     Action,
     Beat,
     Commit,
@@ -106,7 +107,7 @@ def test_nonsense_is_refused_and_leads_to_no_step_out_of_order(kind: type[End], 
 @given(st.dictionaries(words, numbers, max_size=4))
 def test_no_grades_make_a_peer_choose_what_it_does_not_have(grades: dict[str, int]) -> None:
     end = Follower(terms(TWO, ONE, random.Random(1)), exporter(b""))
-    body = msgspec.msgpack.encode(["Hello", 1, "boot", 0, grades, []])
+    body = msgspec.msgpack.encode(["Hello", PROTOCOL, "boot", 0, grades, []])
     if heard(end, body) is not None:
         assert end._suite in GRADES
         assert end._suite in grades

@@ -56,6 +56,15 @@ def test_who_is_revoked_is_out(paths: Paths) -> None:
     assert joined(paths, revoking) == []
 
 
+def test_a_certificate_that_was_revoked_meanwhile_takes_nobodys_place(paths: Paths) -> None:
+    roster = Roster(paths)
+    roster.admit(identity(), CONFIG, NOW)
+    revoking = parse_config(cluster_toml(extra='[trust]\nrevoked = ["cd"]\n'), "cluster.toml")
+    with pytest.raises(RefusedError, match="certificate cd has ended, or is revoked"):
+        roster.admit(identity("app-1", "127.0.1.10", serial=0xCD, not_after=NOW + 600), revoking, NOW)
+    assert joined(paths, revoking) == ["app-1 127.0.1.9"]
+
+
 def test_a_new_certificate_takes_the_place_of_the_old_one_and_the_old_one_is_refused(paths: Paths) -> None:
     roster = Roster(paths)
     roster.admit(identity(), CONFIG, NOW)
@@ -82,6 +91,7 @@ def test_nothing_is_written_for_a_client_that_is_known(paths: Paths) -> None:
         (identity("app-1", "127.0.1.10"), "127.0.1.10 is node 'app-2' already"),
         (identity("app-1", "2001:db8::9"), "one address of each IP family that redis-1 has"),
         (identity("redis-9", kind=NodeKind.REDIS), "only a client may join without, not a redis"),
+        (identity("app-1", not_after=NOW), "its certificate ab has ended, or is revoked"),
     ],
 )
 def test_a_certificate_that_does_not_fit_the_cluster_lets_nobody_in(paths: Paths, claim: Identity, words: str) -> None:
@@ -109,7 +119,14 @@ def test_both_families_are_asked_of_a_client_where_the_nodes_have_both(paths: Pa
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[1]", '[{"name": "a", "addresses": ["x"], "serial": "1", "not_after": 1}]']
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        '[{"name": "a", "addresses": ["x"], "serial": "1", "not_after": 1}]',
+        '[{"name": "a", "addresses": ["127.0.1.9"], "serial": "xyz", "not_after": 9e9}]',
+    ],
 )
 def test_a_file_that_cannot_be_read_means_that_nobody_is_known(paths: Paths, content: str) -> None:
     (paths.state_dir / FILE_NAME).write_text(content)

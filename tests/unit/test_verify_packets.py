@@ -23,7 +23,7 @@ from srd.verify.packets import (
 LOCAL, REMOTE, OUTSIDER = ip_address("192.0.2.1"), ip_address("192.0.2.2"), ip_address("192.0.2.9")
 LOCAL6, REMOTE6 = ip_address("2001:db8::1"), ip_address("2001:db8::2")
 PEERS = frozenset({REMOTE.packed, REMOTE6.packed})
-EXEMPT = Exemptions(frozenset({6379, 26379}), frozenset({(TCP, 22), (UDP, 123)}), udp_port=4500)
+EXEMPT = Exemptions(frozenset({6379, 26379}), frozenset({(TCP, 22), (UDP, 123)}), udp_ports=frozenset({4500}))
 FRAGMENT, OPTIONS = 44, 60
 
 
