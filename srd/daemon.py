@@ -37,7 +37,7 @@ from srd.ipsec.keying import Keying
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
-from srd.model import ConfigError, Credentials, Endpoint, Identity, IpsecMode, Paths, SrdError
+from srd.model import ConfigError, Credentials, Endpoint, Identity, IpsecMode, Paths, RefusedError, Service, SrdError
 from srd.preflight import Cleared, clear
 from srd.protection import Protection
 from srd.reconcile import Loop, boottime, contained, until_first
@@ -147,6 +147,7 @@ class Daemon:
                 actions={
                     "/v1/rekey": partial(self._rekey, keying),
                     "/v1/reload": lambda _: self._reload(keying),
+                    "/v1/restart": self._restart,
                 },
             )
             await control.start()
@@ -197,6 +198,14 @@ class Daemon:
         await keying.renew(peers, _seconds(asked.get("wait", "0")))
         channels = self._store.view().channels
         return {"peers": {name: {"generation": channels[name].generation} for name in peers}}
+
+    async def _restart(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Answer `srd restart`: the query names the `child`, how long to `wait` for it, and whether to `force` it."""
+        child = asked.get("child", "")
+        if self._duties is None or child not in set(Service):
+            raise RefusedError("restart", child, f"{self._node.name} runs no such child")
+        seconds = _seconds(asked.get("wait", "60"))
+        return {"pid": await self._duties.restart(Service(child), force=asked.get("force") == "1", seconds=seconds)}
 
     async def _reload_on_hangup(self, keying: Keying) -> None:
         while True:

@@ -12,9 +12,9 @@ from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.observe import Observer
-from srd.model import Paths, Secrets, Service
+from srd.model import Paths, RefusedError, Role, Secrets, Service, TimedOutError
 from srd.reconcile import Loop
-from srd.state import Situation, Store
+from srd.state import ChildState, Situation, Store, View, services_of
 from srd.supervise.probe import probe_tls
 from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
@@ -41,6 +41,7 @@ class Duties:
     ) -> None:
         self._config, self._node, self._paths = config, node, paths
         self._situation = situation
+        self._store, self._view = store, store.view
         self._death: restart.Death | None = None
         self._observer = Observer(config, node, secrets, store, wake=(self._wake,))
         self._services = Services(
@@ -73,6 +74,35 @@ class Duties:
     async def stop(self) -> None:
         """End the services in order."""
         await self._services.stop_all()
+
+    async def restart(self, service: Service, *, force: bool, seconds: float) -> int:
+        """End a service and have it started again; return its new pid when it is ready.
+
+        Raises `RefusedError` for a service that this node has not, or for a primary's redis without `force`: its end
+        is a failover. `TimedOutError` when it is not ready within so many seconds.
+        """
+        if service not in services_of(self._node):
+            raise RefusedError("restart", service, f"{self._node.name} runs none")
+        redis = self._view().redis
+        if service is Service.REDIS and not force and redis is not None and redis.role is Role.PRIMARY:
+            reason = "it is the primary's, so the cluster would fail over to another node"
+            raise RefusedError("restart", service, reason, "--force does it all the same")
+        former = self._view().children[service].pid
+        await self._services.restart(service)
+
+        def ready(view: View) -> bool:
+            child = view.children[service]
+            return child.state is ChildState.READY and child.pid not in (None, former)
+
+        try:
+            view = await self._store.wait_for(ready, seconds)
+        except TimeoutError:
+            child = self._view().children[service]
+            reason = f"it is {child.state} after {seconds:g} s" + (
+                f", and waits for {child.waiting_for}" if child.waiting_for else ""
+            )
+            raise TimedOutError("restart", service, reason, "srd children says more") from None
+        return view.children[service].pid or 0
 
     @property
     def longest_stop(self) -> float:

@@ -7,10 +7,11 @@ from urllib.parse import urlencode
 import click
 
 from srd.control import client
-from srd.model import Paths
+from srd.model import Paths, Service
 
 _ANSWER_SECONDS = 5.0
 _RELOAD_SECONDS = 60.0
+_STOP_SECONDS = 120.0
 
 
 @click.command("rekey")
@@ -32,6 +33,26 @@ def rekey_command(paths: Paths, peer: str | None, *, wait: bool, timeout: float)
     answer = client.post(paths.control_socket, f"/v1/rekey?{urlencode(query)}", timeout=seconds)
     for name, link in sorted(answer["peers"].items()):
         click.echo(f"{name}: generation {link['generation']} is in use" if wait else f"{name}: asked for new keys")
+
+
+@click.command("restart")
+@click.argument("child", type=click.Choice([service.value for service in Service]))
+@click.option("--force", is_flag=True, help="The redis of the primary too: the cluster fails over.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait until it is ready.",
+)
+@click.pass_obj
+def restart_command(paths: Paths, child: str, *, force: bool, timeout: float) -> None:
+    """End a child with its grace and start it again; return when it is ready."""
+    query = {"child": child, "wait": f"{timeout:g}"} | ({"force": "1"} if force else {})
+    # Its grace comes first, and redis' may be long.
+    answer = client.post(paths.control_socket, f"/v1/restart?{urlencode(query)}", timeout=timeout + _STOP_SECONDS)
+    click.echo(f"{child} is ready, pid {answer['pid']}")
 
 
 @click.command("reload")

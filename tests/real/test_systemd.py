@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -103,16 +103,38 @@ def test_the_children_outlive_srd_and_no_check_is_refused(node: Machine, how: st
     assert checks.refused() <= (how != "restarted")
 
 
+def test_a_child_is_restarted_when_asked_and_the_primarys_redis_only_by_force(node: Machine) -> None:
+    before = pids(node)
+    said = node.run("/opt/srd/bin/srd", "restart", "stunnel")
+    after = pids(node)
+    assert said == f"stunnel is ready, pid {after['stunnel']}\n"
+    assert {service for service in SERVICES if after[service] != before[service]} == {"stunnel"}
+    refused = node.fails("/opt/srd/bin/srd", "restart", "redis")
+    assert (refused.returncode, "fail over to another node" in refused.stderr) == (40, True), refused
+    assert pids(node) == after
+
+
+def test_logs_are_rotated_under_the_children_and_go_on(node: Machine) -> None:
+    node.write("/etc/logrotate.d/srd", (CHECKOUT / "systemd/srd.logrotate").read_text())
+    before, log = pids(node), "/var/log/srd/redis.log"
+    assert "Ready to accept connections" in node.run("cat", log)
+    node.run("logrotate", "--force", "/etc/logrotate.d/srd")
+    assert "Ready to accept connections" in node.run("cat", f"{log}.1")
+    password = tomllib.loads(node.run("cat", "/etc/srd/secrets.toml"))["srd_password"]
+    save = ("redis-cli", "-h", "127.0.1.1", "--user", "srd", "bgsave")
+    node.run("env", f"REDISCLI_AUTH={password}", *save)
+    node.wait(lambda: "DB saved on disk" in node.run("cat", log), "redis writes on")
+    assert "\0" not in node.run("cat", log)
+    assert pids(node) == before
+
+
 def test_a_stop_ends_the_children_and_a_start_brings_them_back(node: Machine) -> None:
     before = pids(node)
     node.run("systemctl", "stop", "srd")
     assert node.show("srd", "Result") == "success"
     for pid in before.values():
         assert node.run("cat", f"/proc/{pid}/comm", check=False) == ""
-    refused = subprocess.run(
-        ("nsenter", "--target", str(node.init), "--all", "curl", "-s", URL), check=False, capture_output=True
-    )
-    assert refused.returncode == 7, "curl's for a connection that was refused"
+    assert node.fails("curl", "-s", URL).returncode == 7, "curl's for a connection that was refused"
     node.run("systemctl", "start", "srd")
     node.wait(lambda: healthy(node), "it does its job again")
     assert not set(pids(node).values()) & set(before.values())

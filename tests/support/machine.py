@@ -23,10 +23,19 @@ class Machine:
 
     def run(self, *command: str, check: bool = True) -> str:
         """Run a command there and return what it prints."""
-        inside = ("nsenter", "--target", str(self.init), "--all", "--wdns=/", *command)
-        done = subprocess.run(inside, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        done = self._inside(command)
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
+
+    def fails(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command that must fail; return how it did."""
+        done = self._inside(command)
+        assert done.returncode != 0, (command, done.stdout)
+        return done
+
+    def _inside(self, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        inside = ("nsenter", "--target", str(self.init), "--all", "--wdns=/", *command)
+        return subprocess.run(inside, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
     def write(self, path: str, text: str) -> None:
         target = Path(f"/proc/{self.init}/root{path}")
