@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import urlencode
 
 import click
@@ -14,17 +15,21 @@ _RELOAD_SECONDS = 60.0
 _STOP_SECONDS = 120.0
 
 
+def _timeout(seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=seconds,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to wait.",
+    )
+
+
 @click.command("rekey")
 @click.argument("peer", required=False)
 @click.option("--wait", is_flag=True, help="Return when both ends use the new keys.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait.",
-)
+@_timeout(30.0)
 @click.pass_obj
 def rekey_command(paths: Paths, peer: str | None, *, wait: bool, timeout: float) -> None:
     """Have new keys made with a peer, or with all: by a new TLS handshake each, and without losing a packet."""
@@ -38,14 +43,7 @@ def rekey_command(paths: Paths, peer: str | None, *, wait: bool, timeout: float)
 @click.command("restart")
 @click.argument("child", type=click.Choice([service.value for service in Service]))
 @click.option("--force", is_flag=True, help="The redis of the primary too: the cluster fails over.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait until it is ready.",
-)
+@_timeout(60.0)
 @click.pass_obj
 def restart_command(paths: Paths, child: str, *, force: bool, timeout: float) -> None:
     """End a child with its grace and start it again; return when it is ready."""
