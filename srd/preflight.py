@@ -132,10 +132,10 @@ def _effective_capabilities() -> int:
 
 
 async def _suite_grades(config: Config) -> Mapping[Suite, int]:
-    proc_crypto = await asyncio.to_thread(read_proc_crypto)
     if config.ipsec.mode is IpsecMode.OFF:
         await _check_leftovers()
-        return grades(Suite, proc_crypto)  # nodes agree on keys all the same; no kernel gets them
+        # Nodes agree on keys all the same; no kernel gets them.
+        return grades(Suite, await asyncio.to_thread(read_proc_crypto))
     async with xfrm.XfrmSocket() as kernel:
         names = await xfrm.probe_esp(kernel, [suite.value for suite in Suite])
     installable = [suite for suite in Suite if suite.value in names]
@@ -147,7 +147,8 @@ async def _suite_grades(config: Config) -> Mapping[Suite, int]:
             "modprobe esp4 esp6 gcm chacha20poly1305, or take a kernel with CONFIG_INET_ESP and CONFIG_INET6_ESP; "
             'ipsec.mode = "off" goes without, in plaintext',
         )
-    return grades(installable, proc_crypto)
+    # Only now: the probe has had the kernel load or build what it has for each suite.
+    return grades(installable, await asyncio.to_thread(read_proc_crypto))
 
 
 async def _check_leftovers() -> None:

@@ -71,13 +71,14 @@ def _aes_accelerated(proc_crypto: str) -> bool:
     """Whether a driver for AES-GCM in ESP is registered that is not built of the generic C parts.
 
     An entry's `name` is `rfc4106(gcm(aes))` and its `driver` says who does it: `rfc4106-gcm-aesni` or, in C,
-    `rfc4106(gcm_base(ctr(aes-generic),ghash-generic))`.
+    `rfc4106(gcm_base(ctr(aes-generic),ghash-generic))`. While somebody's first use has the kernel build that one, its
+    entry is there without a driver (311 of 2102 reads during one `ip xfrm state add`): that says nothing yet.
     """
     name = ""
     for line in proc_crypto.splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "name":
             name = value.strip()
-        elif key.strip() == "driver" and name == Suite.AES_256_GCM and not re.search(_IN_C, value):
+        elif key.strip() == "driver" and name == Suite.AES_256_GCM and value.strip() and not re.search(_IN_C, value):
             return True
     return False

@@ -22,6 +22,11 @@ driver       : rfc4106(gcm_base(ctr(aes-generic),ghash-generic))
 name         : aes
 driver       : aes-aesni
 """
+BEING_BUILT = """name         : rfc4106(gcm(aes))
+driver       :
+module       : kernel
+type         : larval
+"""
 EVERYTHING = tuple(Suite)
 GRADES = st.dictionaries(st.sampled_from(EVERYTHING), st.integers(0, 5), min_size=1)
 
@@ -33,6 +38,8 @@ GRADES = st.dictionaries(st.sampled_from(EVERYTHING), st.integers(0, 5), min_siz
         (AESNI, IN_C, Suite.CHACHA20_POLY1305),
         (IN_C, IN_C, Suite.CHACHA20_POLY1305),
         ("", "", Suite.CHACHA20_POLY1305),
+        (BEING_BUILT, BEING_BUILT, Suite.CHACHA20_POLY1305),
+        (f"{BEING_BUILT}\n{AESNI}", AESNI, Suite.AES_256_GCM),
     ],
 )
 def test_the_slower_end_decides(mine: str, theirs: str, suite: Suite) -> None:
