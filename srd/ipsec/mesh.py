@@ -61,6 +61,8 @@ class _Peer:
     pending: set[tuple[IpAddress, int]] = field(default_factory=set)
     # What the peer sends under, since both last spoke of it; None: nobody knows, so no inbound SA may go.
     receives: frozenset[int] | None = None
+    # When what is in flight has arrived: under the SPIs that it sent under before, and under any that nobody knew of.
+    former: dict[int, float] = field(default_factory=dict)
     grace_ends: float = 0.0
 
 
@@ -143,6 +145,7 @@ class Mesh:
         async with self._lock:
             known = self._peer(peer)
             known.keys, known.receives, known.grace_ends = NO_KEYS, frozenset(), 0.0
+            known.former.clear()
             known.pending.clear()
         await self.reconcile()
 
@@ -200,10 +203,18 @@ class Mesh:
                 self._confirm(known, known.keys.receives)
 
     def _confirm(self, peer: _Peer, receives: frozenset[int]) -> None:
-        """Note what the peer sends under; what is in flight under other keys arrives before the grace ends."""
+        """Note what the peer sends under; what is in flight under other keys arrives before the grace ends.
+
+        Each SPI has a grace of its own: were it one for all, keys that are renewed within it would pile up.
+        """
+        now = self._clock()
         peer.pending.clear()
+        if peer.receives is None:
+            peer.grace_ends = now + GRACE_SECONDS
+        else:
+            ended = dict.fromkeys(peer.receives, now + GRACE_SECONDS) | peer.former
+            peer.former = {spi: end for spi, end in ended.items() if spi not in receives and now < end}
         peer.receives = receives
-        peer.grace_ends = self._clock() + GRACE_SECONDS
         self._wake()
 
     async def discard(self, generation: Generation) -> None:
@@ -353,7 +364,7 @@ class Mesh:
             return True
         if not inbound:
             return pins[sa.destination] == sa.spi
-        return peer.receives is None or sa.spi in peer.receives or now < peer.grace_ends
+        return peer.receives is None or sa.spi in peer.receives or now < peer.former.get(sa.spi, peer.grace_ends)
 
     async def _delete_sa(self, destination: IpAddress, spi: int) -> None:
         try:

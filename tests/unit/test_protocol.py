@@ -24,6 +24,7 @@ from srd.config import parse_config
 from srd.desired import leg_addresses
 from srd.ipsec import protocol
 from srd.ipsec.mesh import GRACE_SECONDS, Mesh
+from srd.ipsec.peering import RENEWAL_FLOOR_SECONDS
 from srd.ipsec.protocol import (
     PROTOCOL,
     Action,
@@ -435,3 +436,18 @@ async def walk(seed: int, steps: int = 250) -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_a_random_walk_loses_no_packet_and_ends_in_agreement(seed: int) -> None:
     asyncio.run(walk(seed))
+
+
+async def test_keys_that_are_renewed_all_the_time_do_not_pile_up() -> None:
+    world = World(random.Random(1))
+    for side in world.sides:
+        await side.start()
+    counts = []
+    for _ in range(50):
+        await world.finish()
+        world.now += RENEWAL_FLOOR_SECONDS
+        for side in world.sides:
+            await side.mesh.reconcile()
+            counts.append(len(side.kernel._sas))
+    legs = 2
+    assert max(counts) <= 2 * legs + legs * (GRACE_SECONDS / RENEWAL_FLOOR_SECONDS + 1)
