@@ -18,7 +18,6 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final
 
 import structlog
@@ -26,6 +25,7 @@ import structlog
 from srd.cluster import Config, Node
 from srd.desired import leg_addresses, rules
 from srd.ipsec import xfrm
+from srd.ipsec.counters import read_xfrm_errors
 from srd.ipsec.links import NO_KEYS, Keys, Observed, fresh_link, grouped, link
 from srd.ipsec.policies import (
     INDEX_BASE,
@@ -47,8 +47,6 @@ log = structlog.get_logger(__name__)
 
 # How long the old inbound SA goes on receiving what was in flight (strongSwan's delete_rekeyed_delay).
 GRACE_SECONDS: Final = 5.0
-
-XFRM_STAT: Final = Path("/proc/net/xfrm_stat")
 
 
 @dataclass(slots=True)
@@ -399,13 +397,3 @@ async def watch(socket: xfrm.XfrmSocket, events: xfrm.XfrmEvents, wake: Callable
         async for event in events:
             if event.pid != socket.pid:
                 wake()
-
-
-def read_xfrm_errors() -> dict[str, int]:
-    """Return the counters of /proc/net/xfrm_stat that are not zero; what each means is in docs/ipsec.md."""
-    try:
-        text = XFRM_STAT.read_text(encoding="ascii")
-    except OSError:
-        return {}
-    pairs = (line.split() for line in text.splitlines())
-    return {name: int(value) for name, value in pairs if value != "0"}
