@@ -7,20 +7,18 @@ left to right. `ip -s xfrm state` is the independent witness of what is installe
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import errno
 import os
 import re
 import secrets
 import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from pathlib import Path
 
 import pytest
+from support.namespace import inside, ip, run
 
 from srd.ipsec.xfrm import (
     Action,
@@ -52,29 +50,8 @@ IPV6 = (ip_address("fd00::1"), ip_address("fd00::2"))
 REQID = 20481
 SPI = 0x10000001
 PORT = 4000
-CLONE_NEWNET = 0x40000000
 HAS_SA_DIR = tuple(int(part) for part in os.uname().release.split(".")[:2]) >= (6, 10)
 Address = IPv4Address | IPv6Address
-
-
-def run(*words: str) -> str:
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
-
-
-@contextmanager
-def inside(name: str) -> Iterator[None]:
-    """Open sockets in a namespace; they stay in it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with Path("/proc/self/ns/net").open() as home, Path(f"/run/netns/{name}").open() as away:
-        assert libc.setns(away.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-        try:
-            yield
-        finally:
-            assert libc.setns(home.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-
-
-def ip(name: str, *words: str) -> str:
-    return run("ip", "-n", name, *words)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from srd.control import client
+
 HERE = Path(__file__).parents[1] / "lab"
 CAPTURE = Path("/var/lab/suite.pcap")
 FAMILIES = (4, 6)  # of addresses that every station has
@@ -162,6 +164,14 @@ def pinging(node: str, peer: str, interval: str) -> Iterator[Flow]:
     # The last one may have been under way when the flow was ended.
     flow.sent = int(sent)
     flow.missing = [number for number in range(1, flow.sent) if number not in answered]
+
+
+def rekey(node: str, peer: str) -> None:
+    """Do what `srd rekey PEER --wait` does on a node, without starting a process."""
+    seconds = PATIENCE_SECONDS
+    socket = Path(f"/var/lab/{node}/run/srd/control.sock")
+    answer = client.post(socket, f"/v1/rekey?peer={peer}&wait={seconds:g}", timeout=seconds)
+    assert list(answer["peers"]) == [peer]
 
 
 def edited(lab: Lab, nodes: tuple[str, ...], text: str) -> None:

@@ -1,17 +1,20 @@
-"""Runs a test in a network namespace of its own, in a forked child; as root."""
+"""Network namespaces for tests, as root: one of a test's own, in a forked child; or those that have a name."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import functools
 import gc
 import io
 import os
+import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,10 +23,34 @@ Body = Callable[[], Coroutine[object, object, None]]
 
 
 def unshare(flags: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(flags):
+    call("unshare", flags)
+
+
+def call(function: str, *arguments: int) -> None:
+    """Call a function of libc that returns 0; `OSError` where it does not."""
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*arguments):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def run(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def ip(name: str, *words: str) -> str:
+    """Run `ip` in a namespace that has a name."""
+    return run("ip", "-n", name, *words)
+
+
+@contextlib.contextmanager
+def inside(name: str) -> Iterator[None]:
+    """Have this thread open sockets in a namespace that has a name; they stay in it."""
+    with Path("/proc/thread-self/ns/net").open() as home, Path(f"/run/netns/{name}").open() as away:
+        call("setns", away.fileno(), CLONE_NEWNET)
+        try:
+            yield
+        finally:
+            call("setns", home.fileno(), CLONE_NEWNET)
 
 
 def run_child(body: Body, report: io.TextIOBase) -> int:
