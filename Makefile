@@ -46,6 +46,7 @@ test: lint  ## everything: lint, unit tests, real programs on loopback, the real
 .PHONY: bench
 bench: venv  ## speed and size, each figure a ratio within one run
 	$(BIN)/pytest -q -s tests/bench
+	tests/lab/boot tests/bench/esp
 
 .PHONY: requirements
 requirements:  ## pin the dependencies again (needs uv)
