@@ -47,6 +47,7 @@ test: lint  ## everything: lint, unit tests, real programs on loopback, the real
 bench: venv  ## speed and size, each figure a ratio within one run
 	$(BIN)/pytest -q -s tests/bench
 	tests/lab/boot tests/bench/esp
+	LAB_REKEYS=100 LAB_BARE=1 tests/lab/boot tests/lab/suite -q -s -k "two_thousand_packets or no_packet_between_nodes"
 
 .PHONY: requirements
 requirements:  ## pin the dependencies again (needs uv)
