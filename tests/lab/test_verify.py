@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from support.lab import FAMILIES, Lab, xfrm_errors
@@ -14,11 +16,23 @@ def verify(lab: Lab, node: str, *options: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout)
 
 
+def until(lab: Lab, status: int, node: str, *options: str) -> dict[str, Any]:
+    """Verify until it says so: on a CPU that others use too, an echo may be late."""
+    found: list[dict[str, Any]] = []
+
+    def said() -> bool:
+        answer, document = verify(lab, node, *options)
+        found.append(document)
+        return answer == status
+
+    lab.wait(said, f"srd verify exits with {status}")
+    return found[-1]
+
+
 def test_every_link_is_proven_and_nothing_is_on_the_wire_but_esp(lab: Lab) -> None:
     lab.wait_whole()
     node = lab.nodes[0]
-    status, found = verify(lab, node, "--wire", "5")
-    assert status == 0, found
+    found = until(lab, 0, node, "--wire", "5")
     assert {proof["peer"] for proof in found["proofs"]} == {*lab.nodes} - {node}
     for proof in found["proofs"]:
         assert proof["plaintext"] == "refused"
@@ -30,31 +44,43 @@ def test_every_link_is_proven_and_nothing_is_on_the_wire_but_esp(lab: Lab) -> No
     }
     assert (found["wire"]["plaintext"], found["wire"]["lost"]) == (0, 0)
     assert found["wire"]["exempt"] > 0, "it sees the keying channel's heartbeats"
-    said = lab.on(node, "srd", "verify").stdout
-    assert said.count("proven") == len(found["proofs"])
-    assert said.count("refused") == len(found["proofs"])
+    said = lab.on(node, "srd", "verify", check=False).stdout
+    assert said.count(" refused") == len(found["proofs"])
+
+
+@contextlib.contextmanager
+def open_to_plaintext(lab: Lab, peer: str, node: str) -> Iterator[None]:
+    """Open both nets of a peer for TCP from a node meanwhile: a policy that wins, and no rules.
+
+    srd puts the rules back within 30 s, so whoever relies on that they are gone flushes them (`flush`) again.
+    """
+    before = collections.Counter(xfrm_errors(lab, peer))
+    selector = ("src", f"{lab.address(node)}/32", "dst", f"{lab.address(peer)}/32", "proto", "tcp")
+    lab.on(peer, "ip", "xfrm", "policy", "add", *selector, "dir", "in", "priority", "10", "action", "allow")
+    try:
+        yield
+    finally:
+        lab.on(peer, "ip", "xfrm", "policy", "delete", *selector, "dir", "in")
+        lab.wait(lambda: "SRD-IN-PEER" in lab.on(peer, "iptables-legacy", "-S", "SRD-IN").stdout, "the rules are back")
+        # Without the second net the policies drop what comes in plaintext, and count it.
+        lab.excused[peer].update(collections.Counter(xfrm_errors(lab, peer)) - before)
+
+
+def flush(lab: Lab, peer: str) -> None:
+    lab.on(peer, "iptables-legacy", "-F", "SRD-IN")
 
 
 def test_a_peer_that_lets_plaintext_in_is_found_out_from_outside(lab: Lab) -> None:
     lab.wait_whole()
     peer = next(node for node in lab.nodes if node != lab.primary())
     node = next(other for other in lab.nodes if other != peer)
-    # Both nets of the peer are opened: a policy that wins, and no rules.
-    selector = ("src", f"{lab.address(node)}/32", "dst", f"{lab.address(peer)}/32", "proto", "tcp")
-    lab.on(peer, "ip", "xfrm", "policy", "add", *selector, "dir", "in", "priority", "10", "action", "allow")
-    before = collections.Counter(xfrm_errors(lab, peer))
-    try:
-        for _ in range(3):  # srd may put the second net back in between, which it looks at every 30 s
-            lab.on(peer, "iptables-legacy", "-F", "SRD-IN")
+    with open_to_plaintext(lab, peer, node):
+        for _ in range(5):
+            flush(lab, peer)
             status, found = verify(lab, node)
-            if status:
+            if status == 22:
                 break
-    finally:
-        lab.on(peer, "ip", "xfrm", "policy", "delete", *selector, "dir", "in")
     assert status == 22, found
     assert [p["remote"] for p in found["proofs"] if p["plaintext"] == "answered"] == [lab.address(peer)]
     lab.wait_whole()
-    lab.wait(lambda: "SRD-IN-PEER" in lab.on(peer, "iptables-legacy", "-S", "SRD-IN").stdout, "the second net is back")
-    # Without the second net the policies drop the probes, and count them.
-    lab.excused[peer].update(collections.Counter(xfrm_errors(lab, peer)) - before)
-    assert verify(lab, node)[0] == 0
+    until(lab, 0, node)
