@@ -39,7 +39,7 @@ from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.members import own_report
 from srd.model import ConfigError, Credentials, Endpoint, Identity, IpsecMode, Paths, RefusedError, Service, SrdError
 from srd.preflight import Cleared, clear
-from srd.protection import Protection
+from srd.protection import PASS_SECONDS, Protection
 from srd.reconcile import Loop, boottime, contained, until_first
 from srd.roster import Roster
 from srd.state import Situation, Store
@@ -57,7 +57,6 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 STATUS_SECONDS: Final = 2.0
 CLIENTS_RESYNC_SECONDS: Final = 60.0
-PASS_SECONDS: Final = 60.0
 LONGEST_WAIT_SECONDS: Final = 86400.0
 
 

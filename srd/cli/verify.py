@@ -49,30 +49,34 @@ def verify_command(paths: Paths, wire: float | None, output: str) -> None:
 async def _verify(links: Document, wire: float | None) -> Document:
     from srd.ipsec import xfrm  # noqa: PLC0415 - pyroute2 takes 0.2 s to import
 
-    together = asyncio.Semaphore(_AT_A_TIME)
+    together, exemptions = asyncio.Semaphore(_AT_A_TIME), _exemptions(links)
     # A client that is away is nobody's concern.
     wanted = [link for link in links["links"] if link["kind"] != "client" or (link["channel"] or {}).get("connected")]
     async with xfrm.XfrmSocket() as kernel:
 
         async def prove(link: Document, leg: Document) -> Document:
             async with together:
-                return await _prove(kernel, links, link, leg)
+                return await _prove(kernel, exemptions, _probed_port(links, link), link["peer"], leg)
 
         proofs = await asyncio.gather(*(prove(link, leg) for link in wanted for leg in link["legs"]))
-        seen = await _watch(kernel, links, wire) if wire is not None else None
+        seen = None
+        if wire is not None:
+            peers = [_pair(leg)[1] for link in links["links"] for leg in link["legs"]]
+            pairs = [_pair(leg) for link in wanted for leg in link["legs"]]
+            seen = await _watch(kernel, exemptions, peers, pairs, wire)
     silent = [link["peer"] for link in wanted if not all(leg["spi_out"] for leg in link["legs"]) or not link["legs"]]
     found: Document = {"schema": 1, "node": links["node"], "proofs": list(proofs), "without_keys": silent, "wire": seen}
     return found | {"exit_status": _status(found)}
 
 
-async def _prove(kernel: Any, links: Document, link: Document, leg: Document) -> Document:
+async def _prove(kernel: Any, exemptions: Any, port: int, peer: str, leg: Document) -> Document:
     from srd.verify import probes  # noqa: PLC0415 - as above
 
-    pair, (redis, sentinel) = _pair(leg), links["protected_ports"]
-    encrypted = await probes.encrypted(kernel, pair, _exemptions(links))
-    refusal = await probes.plaintext(pair, sentinel if link["kind"] == "sentinel" else redis)
+    pair = _pair(leg)
+    encrypted = await probes.encrypted(kernel, pair, exemptions)
+    refusal = await probes.plaintext(pair, port)
     return {
-        "peer": link["peer"],
+        "peer": peer,
         "local": leg["local"],
         "remote": leg["remote"],
         "encrypted": encrypted.proven,
@@ -82,16 +86,15 @@ async def _prove(kernel: Any, links: Document, link: Document, leg: Document) ->
     }
 
 
-async def _watch(kernel: Any, links: Document, seconds: float) -> Document:
-    """Watch the wire while echo requests are under way, so that there is something to see."""
+async def _watch(kernel: Any, exemptions: Any, peers: list[Any], pairs: list[Any], seconds: float) -> Document:
+    """Watch the wire with all peers while echo requests are under way to those that are there, to have some to see."""
     from srd.verify import probes  # noqa: PLC0415 - as above
     from srd.verify.packets import Kind  # noqa: PLC0415 - as above
 
-    pairs = [_pair(leg) for link in links["links"] for leg in link["legs"]]
     async with asyncio.TaskGroup() as group:
-        watching = group.create_task(probes.watch([remote for _, remote in pairs], _exemptions(links), seconds))
+        watching = group.create_task(probes.watch(peers, exemptions, seconds))
         for pair in pairs:
-            group.create_task(probes.encrypted(kernel, pair, _exemptions(links)))
+            group.create_task(probes.encrypted(kernel, pair, exemptions))
     seen = watching.result()
     return {
         "seconds": seconds,
@@ -101,6 +104,13 @@ async def _watch(kernel: Any, links: Document, seconds: float) -> Document:
         "lost": seen.lost,
         "examples": seen.examples,
     }
+
+
+def _probed_port(links: Document, link: Document) -> int:
+    """Return the protected port that a peer of this kind would answer at."""
+    redis, sentinel = links["protected_ports"]
+    port: int = sentinel if link["kind"] == "sentinel" else redis
+    return port
 
 
 def _pair(leg: Document) -> Any:
