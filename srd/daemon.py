@@ -15,10 +15,9 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from importlib.metadata import version
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,19 +35,20 @@ from srd.ipsec.exchange import Installer, Unprotected
 from srd.ipsec.keying import Keying
 from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
+from srd.listening import Listeners, kept_endpoints
 from srd.members import own_report
-from srd.model import ConfigError, Credentials, Endpoint, Identity, IpsecMode, Paths, RefusedError, Service, SrdError
+from srd.model import ConfigError, Credentials, Identity, IpsecMode, Paths, RefusedError, Service, SrdError
 from srd.preflight import Cleared, clear
 from srd.protection import PASS_SECONDS, Protection
 from srd.reconcile import Loop, boottime, contained, until_first
 from srd.roster import Roster
 from srd.state import Situation, Store
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
-from srd.systemd import Notifier, handed_over, restarting
+from srd.systemd import FdStore, Notifier, handed_over, restarting
 from srd.trust.authority import identify
 from srd.trust.bundle import load_bundle
 from srd.web import health
-from srd.web.app import LIVENESS_SECONDS, WebServer
+from srd.web.app import BACKLOG, LIVENESS_SECONDS, WebServer
 
 log = structlog.get_logger(__name__)
 
@@ -63,21 +63,19 @@ LONGEST_WAIT_SECONDS: Final = 86400.0
 async def run(paths: Paths) -> None:
     """Run a node until SIGTERM or SIGINT; `SrdError` when it may not start."""
     notifier = Notifier.from_environment()
-    kept = _kept_sockets(handed_over(), notifier)
+    fds = FdStore(notifier, handed_over())
     notifier.send("STATUS=checking the configuration, the kernel and the programs")
-    cleared = await clear(paths, kept)
+    cleared = await clear(paths, kept_endpoints(fds))
     for directory in (paths.state_dir, paths.run_dir, paths.log_dir):
         await asyncio.to_thread(make_own_directory, directory, TRAVERSABLE_DIRECTORY)
     await asyncio.to_thread(closing.remember, paths)
-    await Daemon(cleared, paths, notifier, kept).run()
+    await Daemon(cleared, paths, notifier, fds).run()
 
 
 class Daemon:
     """One node's parts and the wires between them."""
 
-    def __init__(
-        self, cleared: Cleared, paths: Paths, notifier: Notifier, kept: Mapping[Endpoint, socket.socket]
-    ) -> None:
+    def __init__(self, cleared: Cleared, paths: Paths, notifier: Notifier, fds: FdStore) -> None:
         bundle = cleared.bundle
         self._grades = cleared.grades
         self._bundle, self._node = bundle, bundle.node
@@ -86,7 +84,7 @@ class Daemon:
         self._config = self._roster.extend(bundle.config, time.time())
         self._paths = paths
         self._notifier = notifier
-        self._kept = kept  # sockets of :8080 that an earlier srd left with the service manager
+        self._sockets = Listeners("http", fds, backlog=BACKLOG)  # while srd is away a check waits in them
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._changing = asyncio.Lock()  # held by whatever changes who is in the cluster
@@ -104,7 +102,9 @@ class Daemon:
                 secrets=bundle.secrets,
                 store=self._store,
                 situation=self.situation,
+                fds=fds,
             )
+        fds.drop_rest()
 
     def situation(self) -> Situation:
         """Return the one snapshot that every judgement and every answer is made from."""
@@ -129,9 +129,9 @@ class Daemon:
                 installer = self._protection.mesh
                 bodies += self._protection.bodies
             web = WebServer(self.situation, version=VERSION, loops=self._loops)
-            await web.start(self._kept)
+            stack.callback(self._sockets.release)
+            await web.start(self._sockets)
             stack.push_async_callback(web.stop)
-            self._leave_with_manager(web)
             if self._duties is not None:
                 stack.callback(self._duties.release)
                 bodies += self._duties.bodies
@@ -296,14 +296,6 @@ class Daemon:
             self._notifier.send(*(("WATCHDOG=1", status) if alive else (status,)))
             await asyncio.sleep(pause)
 
-    def _leave_with_manager(self, web: WebServer) -> None:
-        """Have the manager hold the sockets of :8080: while srd is away a check waits, and is not refused."""
-        for endpoint, listener in web.sockets.items():
-            self._notifier.keep(_store_name(endpoint), listener.fileno())
-        for endpoint in self._kept.keys() - web.sockets.keys():  # of another configuration
-            self._kept[endpoint].close()
-            self._notifier.forget(_store_name(endpoint))
-
     async def _until_stopped(self) -> None:
         await self._stop.wait()
         if await restarting():
@@ -347,27 +339,6 @@ def _status_line(situation: Situation) -> str:
     worst = next(iter(conditions(situation)), None)
     trouble = f"; {worst.code}: {worst.subject} {worst.text}" if worst is not None else ""
     return f"{role}, {links} of {len(view.links)} links protected{trouble}"
-
-
-def _store_name(endpoint: Endpoint) -> str:
-    """Return under which name the manager keeps a socket of :8080: a colon may not be in it."""
-    return f"http-{endpoint.address.packed.hex()}-{endpoint.port}"
-
-
-def _kept_sockets(handed: Iterable[tuple[str, int]], notifier: Notifier) -> dict[Endpoint, socket.socket]:
-    """Return the listening sockets that the manager has kept; what else it has is closed."""
-    kept: dict[Endpoint, socket.socket] = {}
-    for name, descriptor in handed:
-        listener = socket.socket(fileno=descriptor)
-        address, port = listener.getsockname()[:2]
-        endpoint = Endpoint(ip_address(address), port)
-        if name == _store_name(endpoint) and endpoint not in kept:
-            listener.setblocking(False)
-            kept[endpoint] = listener
-        else:
-            listener.close()
-            notifier.forget(name)
-    return kept
 
 
 def _close(listeners: list[socket.socket]) -> None:

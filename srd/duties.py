@@ -18,6 +18,7 @@ from srd.state import ChildState, Situation, Store, View, services_of
 from srd.supervise.probe import probe_tls
 from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
+from srd.systemd import FdStore
 
 RESYNC_SECONDS: Final = 0.5
 # A start of all three children, on a machine where each takes seconds.
@@ -38,6 +39,7 @@ class Duties:
         secrets: Secrets,
         store: Store,
         situation: Callable[[], Situation],
+        fds: FdStore,
     ) -> None:
         self._config, self._node, self._paths = config, node, paths
         self._situation = situation
@@ -56,6 +58,7 @@ class Duties:
             joined=lambda: restart.has_joined(node, store.view()),
             died=self._note_death,
             wake=self._wake,
+            fds=fds,
         )
         self._loop = Loop("services", self._services.reconcile, resync=RESYNC_SECONDS, timeout=PASS_SECONDS)
         self.bodies = (self._observer.run, self._services.run, self._loop.run)

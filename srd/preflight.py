@@ -100,7 +100,7 @@ def _problems_of(
     return [
         *_missing_capabilities(config),
         *check_programs(config, node),
-        *check_ports(config, node, paths),
+        *check_ports(config, node, paths, own),
         *(problem for endpoint in free if (problem := check_endpoint(endpoint))),
         *_taken_for_udp(config, node),
     ]

@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -67,6 +68,46 @@ class Notifier:
             contextlib.suppress(OSError),
         ):
             notify.sendmsg(["\n".join(lines).encode()], rights, 0, self._address)
+
+
+class FdStore:
+    """Descriptors that the manager holds for the next srd, by name (at most 255 bytes, no colon).
+
+    Without a manager nothing is kept, and nothing was. `handed` is what it has given to this process, which owns it.
+    """
+
+    def __init__(self, notifier: Notifier, handed: Iterable[tuple[str, int]] = ()) -> None:
+        self._notifier = notifier
+        self._handed: dict[str, int] = {}
+        for name, descriptor in handed:
+            if name in self._handed:
+                os.close(descriptor)
+            else:
+                self._handed[name] = descriptor
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what was handed over and not yet taken."""
+        return tuple(self._handed)
+
+    def take(self, name: str) -> int | None:
+        """Return what an earlier srd kept under a name; it is the caller's now, and the manager holds it as well."""
+        return self._handed.pop(name, None)
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """Have the manager hold a descriptor too."""
+        self._notifier.keep(name, descriptor)
+
+    def forget(self, name: str) -> None:
+        """Have the manager close what it holds under a name."""
+        self._notifier.forget(name)
+
+    def drop_rest(self) -> None:
+        """Close and forget what nobody has taken: it is of another configuration, or of another version of srd."""
+        for name, descriptor in self._handed.items():
+            os.close(descriptor)
+            self.forget(name)
+        self._handed.clear()
 
 
 def handed_over() -> list[tuple[str, int]]:

@@ -122,6 +122,21 @@ def _ended(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
+def pid_of(pidfd: int) -> int | None:
+    """Return the pid that a descriptor is bound to; None when that process has ended (pidfd_open(2))."""
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    pid = int(fields.get("Pid", "-1"))
+    return None if pid <= 0 or _ended(pidfd) else pid
+
+
+def record_found(service: Service, pid: int) -> Record:
+    """Describe a child of which only its descriptor was kept: how it was started, and how often, is not known."""
+    record = record_of(service, pid, (), started=0.0, restarts=0)
+    # Clock ticks since boot, suspended time included: CLOCK_BOOTTIME (proc_pid_stat(5)).
+    return msgspec.structs.replace(record, started=record.start_time / os.sysconf("SC_CLK_TCK"))
+
+
 class Register:
     """children.json: who was started. Written whole, and on disk, before anyone relies on it."""
 

@@ -10,6 +10,7 @@ from typing import Final
 
 from srd.cluster import Config, Node
 from srd.desired import Start
+from srd.listening import Listeners
 from srd.model import ConfigError, Endpoint, NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import boottime
 from srd.supervise import programs, render
@@ -24,12 +25,15 @@ TLS_FILES: Final = ("tls.crt", "tls.key", "ca.crt")
 class Launcher:
     """Starts the services of one node."""
 
-    def __init__(self, *, config: Config, node: Node, paths: Paths, secrets: Secrets, register: Register) -> None:
+    def __init__(
+        self, *, config: Config, node: Node, paths: Paths, secrets: Secrets, register: Register, tls_sockets: Listeners
+    ) -> None:
         self._config = config
         self._node = node
         self._paths = paths
         self._secrets = secrets
         self._register = register
+        self._tls_sockets = tls_sockets
 
     def adopt(self, config: Config) -> None:
         """Render the next files by a changed cluster.toml."""
@@ -60,8 +64,9 @@ class Launcher:
         """Write the service's files, start it and record it; `SrdError` says why not."""
         program = programs.find_program(self._config, service)
         owner = programs.owner_of(self._config, service)
-        for endpoint in programs.listen_endpoints(self._config, self._node, service):
-            if (taken := programs.check_endpoint(endpoint)) is not None:
+        endpoints = programs.listen_endpoints(self._config, self._node, service)
+        for endpoint in endpoints:
+            if endpoint not in self._tls_sockets.endpoints and (taken := programs.check_endpoint(endpoint)) is not None:
                 raise taken
         directory = self._paths.service_dir(service)
         make_service_directory(directory, owner)
@@ -72,7 +77,10 @@ class Launcher:
         }
         writers[service](owner, start)
         argv = self.argv(service)
-        started = spawn(Command(program.path, argv, owner, directory, self._paths.log_file(service)))
+        # In the order of stunnel.conf's sections: the n-th socket is the n-th section's.
+        sockets = self._tls_sockets.open(endpoints) if service is Service.STUNNEL else ()
+        handed = tuple(listener.fileno() for listener in sockets)
+        started = spawn(Command(program.path, argv, owner, directory, self._paths.log_file(service), handed))
         return self._record(service, started, argv, restarts)
 
     def _record(self, service: Service, started: Started, argv: tuple[str, ...], restarts: int) -> Running:
@@ -107,7 +115,11 @@ class Launcher:
         text = render.sentinel_conf(self._config, self._node, self._secrets, directory, primary)
         write_private(file, text.encode(), owner)
 
-    def _write_stunnel(self, owner: Owner, _start: Start) -> None:
+    def write_tls(self) -> None:
+        """Give stunnel the bundle's certificate, key and authority."""
+        self._write_tls(programs.owner_of(self._config, Service.STUNNEL))
+
+    def _write_tls(self, owner: Owner) -> None:
         directory = self._paths.service_dir(Service.STUNNEL)
         for name in TLS_FILES:
             source = self._paths.config_dir / name
@@ -117,5 +129,8 @@ class Launcher:
                 remedy = "it is part of the node's bundle"
                 raise SrdError("read", str(source), error.strerror or str(error), remedy) from error
             write_private(directory / name, content, owner)
-        text = render.stunnel_conf(self._config, self._node, directory)
+
+    def _write_stunnel(self, owner: Owner, _start: Start) -> None:
+        self._write_tls(owner)
+        text = render.stunnel_conf(self._config, self._node, self._paths.service_dir(Service.STUNNEL))
         write_private(self._file(Service.STUNNEL), text.encode(), owner)

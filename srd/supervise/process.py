@@ -23,6 +23,7 @@ from srd.model import PermissionRefusedError, Service, SrdError
 from srd.reconcile import boottime
 from srd.state import Child, ChildState
 from srd.supervise.machine import RUNNING, Action, Event, failures_after, restart_pause, transition
+from srd.systemd import FdStore
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +54,11 @@ class Running:
     adopted: bool
 
 
+def pidfd_name(service: Service) -> str:
+    """Return under which name the service manager holds a child's descriptor."""
+    return f"child-{service}"
+
+
 class Process:
     """One child of srd.
 
@@ -68,6 +74,7 @@ class Process:
         changed: Callable[[], None],
         died: Callable[[], None],
         timing: Timing,
+        fds: FdStore,
     ) -> None:
         self.service = service
         self.waiting_for: str | None = None
@@ -76,6 +83,7 @@ class Process:
         self._changed = changed
         self._died = died
         self._timing = timing
+        self._fds = fds
         self._state = ChildState.STOPPED
         self._running: Running | None = None
         self._launching: asyncio.Future[Running] | None = None
@@ -135,6 +143,18 @@ class Process:
         self._apply(Event.START)
         if self._launching is not None:
             await asyncio.wait({self._launching})
+
+    async def hang_up(self, seconds: float) -> None:
+        """Have the child read its files again (SIGHUP); return when its probe is content with what it does then.
+
+        `SrdError` says what it complains of after so many seconds.
+        """
+        self._signal(signal.SIGHUP)
+        deadline = boottime() + seconds
+        while (complaint := await self._ask()) is not None:
+            if boottime() >= deadline:
+                raise SrdError("reload", self.service, complaint, f"srd logs {self.service} may say why")
+            await self._ended_within(_PROBE_PAUSE_FIRST)
 
     async def stop(self, grace: float) -> None:
         """End the child: SIGTERM, after `grace` seconds SIGKILL; `SrdError` when even that does not end it."""
@@ -288,6 +308,8 @@ class Process:
         self._launched_before = True
         self._ended.clear()
         self._alive.set()
+        # The manager's copy is this very process for whoever holds it next, whatever becomes of the state file.
+        self._fds.keep(pidfd_name(self.service), running.pidfd)
         asyncio.get_running_loop().add_reader(running.pidfd, self._on_exit)
 
     def _on_exit(self) -> None:
@@ -296,6 +318,7 @@ class Process:
             return
         asyncio.get_running_loop().remove_reader(running.pidfd)
         how, kind = _collect(running.pidfd)
+        self._fds.forget(pidfd_name(self.service))
         os.close(running.pidfd)
         self._note_end(how, kind, expected=self._state is ChildState.STOPPING)
         log.info("child ended", service=self.service, pid=running.pid, how=how)

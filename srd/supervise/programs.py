@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -109,14 +110,18 @@ def _own_children(paths: Paths) -> frozenset[Service]:
     return frozenset(alive)
 
 
-def check_ports(config: Config, node: Node, paths: Paths) -> list[SrdError]:
-    """Return the ports of this node's services that cannot be had; those that srd's own children hold do not count."""
+def check_ports(config: Config, node: Node, paths: Paths, kept: Collection[Endpoint] = ()) -> list[SrdError]:
+    """Return the ports of this node's services that cannot be had.
+
+    Those that srd's own children hold do not count, nor does where srd itself listens already (`kept`).
+    """
     own = _own_children(paths)
     found = [
         check_endpoint(endpoint)
         for service in services_of(node)
         if service not in own
         for endpoint in listen_endpoints(config, node, service)
+        if endpoint not in kept
     ]
     return [error for error in found if error is not None]
 

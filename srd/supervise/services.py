@@ -7,6 +7,7 @@ true then. Cancelling anything here ends no child. Only `stop_all` and `restart`
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
@@ -15,18 +16,34 @@ import structlog
 
 from srd import desired
 from srd.cluster import Config, Node
+from srd.listening import Listeners
 from srd.model import Paths, Secrets, Service, SrdError
 from srd.reconcile import until_first
 from srd.state import Situation, Store, services_of
-from srd.supervise.adopt import REGISTER_NAME, Found, Record, Register, Verdict, boot_id, look_up
+from srd.supervise.adopt import (
+    REGISTER_NAME,
+    Found,
+    Record,
+    Register,
+    Verdict,
+    boot_id,
+    look_up,
+    pid_of,
+    record_found,
+)
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, write_private
 from srd.supervise.launch import Launcher
 from srd.supervise.machine import RUNNING
-from srd.supervise.process import Process, Running, Timing
+from srd.supervise.process import Process, Running, Timing, pidfd_name
+from srd.systemd import FdStore
 
 log = structlog.get_logger(__name__)
 
 MARKER_NAME: Final = "initialized"
+# What a busy balancer may have under way at once while stunnel is started; the kernel bounds it by net.core.somaxconn.
+TLS_BACKLOG: Final = 4096
+# stunnel serves a new certificate 5 ms after SIGHUP; a loaded machine may take a while.
+HANG_UP_SECONDS: Final = 10.0
 STUNNEL_GRACE_SECONDS: Final = 2.0
 SENTINEL_GRACE_SECONDS: Final = 5.0
 
@@ -48,6 +65,7 @@ class Services:
         joined: Callable[[], bool],
         died: Callable[[Service], None],
         wake: Callable[[], None],
+        fds: FdStore,
         timing: Timing | None = None,
     ) -> None:
         self._config = config
@@ -60,13 +78,30 @@ class Services:
         self._write_children = store.writer("children")
         self._write_initialized = store.writer("initialized")
         self._register = Register(paths.run_dir / REGISTER_NAME)
-        self._launcher = Launcher(config=config, node=node, paths=paths, secrets=secrets, register=self._register)
+        self._fds = fds
+        self._tls_sockets = Listeners("tls", fds, backlog=TLS_BACKLOG)
+        self._launcher = Launcher(
+            config=config,
+            node=node,
+            paths=paths,
+            secrets=secrets,
+            register=self._register,
+            tls_sockets=self._tls_sockets,
+        )
         self._timing = timing if timing is not None else Timing()
         self._processes = {
             service: Process(
-                service, probe=probes[service], changed=self._changed, died=partial(died, service), timing=self._timing
+                service,
+                probe=probes[service],
+                changed=self._changed,
+                died=partial(died, service),
+                timing=self._timing,
+                fds=fds,
             )
             for service in services_of(node)
+        }
+        self._handed = {
+            service: pidfd for service in self._processes if (pidfd := fds.take(pidfd_name(service))) is not None
         }
         self._undecided: dict[Service, Record] = {}  # recorded children that were not told alive or gone so far
         self._complained: set[Service] = set()
@@ -78,15 +113,19 @@ class Services:
     async def adopt(self, config: Config) -> None:
         """Start children by a changed file from now on; those that run go on as they are.
 
-        But stunnel if it was started with another certificate than the bundle has now: it knows no better way to take
-        one in than a restart, which cuts its connections.
+        stunnel takes another certificate in without losing a connection, or one that is about to be made. `SrdError`
+        when it does not serve the new one then.
         """
         self._config = config
         self._launcher.adopt(config)
         stunnel = self._processes.get(Service.STUNNEL)
-        if stunnel is not None and stunnel.state in RUNNING and await asyncio.to_thread(self._launcher.tls_differs):
-            log.info("stunnel takes a new certificate in")
-            await self.restart(Service.STUNNEL)
+        if stunnel is None or not await asyncio.to_thread(self._launcher.tls_differs):
+            return
+        async with self._one_pass:
+            if stunnel.state in RUNNING:
+                await asyncio.to_thread(self._launcher.write_tls)
+                await stunnel.hang_up(HANG_UP_SECONDS)
+                log.info("stunnel has taken a new certificate in")
 
     async def run(self) -> None:
         """Probe the children until cancelled; they live on."""
@@ -124,6 +163,7 @@ class Services:
         errors: list[SrdError] = []
         async with self._one_pass:
             await self._find_children()
+            self._tls_sockets.close()  # who comes now is refused at once, instead of waiting for nobody
             for service, process in reversed(self._processes.items()):
                 try:
                     await process.stop(self.grace(service))
@@ -144,6 +184,10 @@ class Services:
         """Let go of the children without ending them: the last call of a srd that ends and leaves them running."""
         for process in self._processes.values():
             process.release()
+        for pidfd in self._handed.values():
+            os.close(pidfd)
+        self._handed.clear()
+        self._tls_sockets.release()
 
     def grace(self, service: Service) -> float:
         """Return the seconds between SIGTERM and SIGKILL. redis may need 10 s for its replicas, and then saves."""
@@ -167,11 +211,26 @@ class Services:
         """Adopt what an earlier srd left running; later, look again at what could not be decided."""
         if not self._looked:
             self._undecided = await asyncio.to_thread(self._first_look)
+            await self._adopt_handed()
             self._looked = True
             self._write_initialized(self._initialized)
         for record in list(self._undecided.values()):
             self._decide(record, await asyncio.to_thread(look_up, record))
         self._publish()
+
+    async def _adopt_handed(self) -> None:
+        """Adopt the children whose descriptors the service manager held: they are those, whatever the records say."""
+        for service, pidfd in list(self._handed.items()):
+            pid = await asyncio.to_thread(pid_of, pidfd)
+            if pid is None:
+                self._fds.forget(pidfd_name(service))
+                os.close(self._handed.pop(service))
+                continue
+            record = self._undecided.pop(service, None)
+            if record is None or record.pid != pid:
+                record = await asyncio.to_thread(record_found, service, pid)
+                await asyncio.to_thread(self._register.put, record)
+            self._take_over(record, self._handed.pop(service))
 
     def _first_look(self) -> dict[Service, Record]:
         make_own_directory(self._paths.state_dir, TRAVERSABLE_DIRECTORY)
@@ -196,11 +255,13 @@ class Services:
         if found.pidfd is None and record.boot_id == boot_id():
             process.note_unseen_end()
         elif found.pidfd is not None:
-            if record.argv_hash != self._launcher.argv_hash(record.service):
-                log.info("a child runs with other arguments than it would get now", service=record.service)
-            process.adopt(
-                Running(record.pid, found.pidfd, started=record.started, restarts=record.restarts, adopted=True)
-            )
+            self._take_over(record, found.pidfd)
+
+    def _take_over(self, record: Record, pidfd: int) -> None:
+        if record.argv_hash != self._launcher.argv_hash(record.service):
+            log.info("a child runs with other arguments than it would get now", service=record.service)
+        running = Running(record.pid, pidfd, started=record.started, restarts=record.restarts, adopted=True)
+        self._processes[record.service].adopt(running)
 
     def _undecided_reason(self, service: Service) -> str | None:
         record = self._undecided.get(service)

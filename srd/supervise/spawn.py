@@ -4,11 +4,15 @@ The program gets its own session, its own user, an environment that srd writes, 
 instead of a pipe. Its capabilities are given up by a thread that exists for this one start: no-new-privs, the ambient
 and inheritable sets and the bounding set belong to a thread, and a child inherits those of the thread that forks it. So
 no launcher program stands between srd and the child, and `argv[0]` is free to choose.
+
+Listening sockets are handed on as systemd does it (sd_listen_fds(3)): descriptors from 3 on, LISTEN_FDS, and
+LISTEN_PID, the program's own pid. Nobody can know that before the fork, so a shell sets it and becomes the program.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import subprocess
 import threading
@@ -27,18 +31,27 @@ _PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 _CAPABILITY_VERSION_3: Final = 0x20080522
 _LAST_CAPABILITY_FILE: Final = Path("/proc/sys/kernel/cap_last_cap")
 
+_FIRST_DESCRIPTOR: Final = 3  # SD_LISTEN_FDS_START
+_CLONE_FILES: Final = 0x00000400  # linux/sched.h
+_OUT_OF_THE_WAY: Final = 100  # above every descriptor that is handed on
+_WITH_OWN_PID: Final = ("/bin/sh", "-c", 'export LISTEN_PID=$$; exec "$@"', "sh")
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A program to run: the file, its argument vector (never a secret in it), whose it is, where it works and logs."""
+    """A program to run: the file, its argument vector (never a secret in it), whose it is, where it works and logs.
+
+    `sockets` are descriptors of sockets that listen; with any, `argv[0]` is the file's path.
+    """
 
     program: Path
     argv: tuple[str, ...]
     owner: Owner
     directory: Path
     log: Path
+    sockets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,7 @@ class Started:
 def spawn(command: Command) -> Started:
     """Start a program; `SrdError` when the system refuses."""
     log = open_log(command.log)
-    outcome: list[Started | OSError | subprocess.SubprocessError] = []
+    outcome: list[int | OSError | subprocess.SubprocessError] = []
 
     def body() -> None:
         try:
@@ -65,36 +78,58 @@ def spawn(command: Command) -> Started:
         thread = threading.Thread(target=body, name=f"spawn {command.argv[0]}")
         thread.start()
         thread.join()
+        result = outcome[0]
+        if isinstance(result, int):
+            # Nobody but srd may reap it, so the number is still its own.
+            return Started(result, os.pidfd_open(result))
+    except OSError as error:
+        result = error
     finally:
         os.close(log)
-    result = outcome[0]
-    if isinstance(result, Started):
-        return result
     reason = result.strerror if isinstance(result, OSError) and result.strerror else str(result)
     raise SrdError("start", str(command.program), reason) from result
 
 
-def _start(command: Command, log: int) -> Started:
+def _start(command: Command, log: int) -> int:
     owner = command.owner
+    environment, argv, program = PLAIN_ENVIRONMENT, command.argv, command.program
+    handed: tuple[int, ...] = ()
+    if command.sockets:
+        log, handed = _hand_on(command.sockets, log)
+        environment = environment | {"LISTEN_FDS": str(len(handed))}
+        argv = (*_WITH_OWN_PID, str(program), *argv[1:])
+        program = Path(_WITH_OWN_PID[0])
     process = subprocess.Popen(
-        command.argv,
-        executable=command.program,
+        argv,
+        executable=program,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
         cwd=command.directory,
-        env=PLAIN_ENVIRONMENT,
+        env=environment,
         start_new_session=True,
         user=owner.uid if owner.switch else None,
         group=owner.gid if owner.switch else None,
         extra_groups=[] if owner.switch else None,
         umask=0o077,
+        pass_fds=handed,
     )
-    # The descriptor is taken before anyone could have reaped the child, so it cannot be another process's.
-    pidfd = os.pidfd_open(process.pid)
-    # Its status is collected through the descriptor; marked as ended, subprocess will not try to do so as well.
+    # Its status is collected through a descriptor; marked as ended, subprocess will not try to do so as well.
     process.returncode = 0
-    return Started(process.pid, pidfd)
+    return process.pid
+
+
+def _hand_on(sockets: tuple[int, ...], log: int) -> tuple[int, tuple[int, ...]]:
+    """Put sockets where sd_listen_fds(3) looks for them; return where the log is then, and where they are.
+
+    What other threads have open under these numbers stays theirs: this thread gets a table of descriptors of its own.
+    """
+    _check(_libc.unshare(_CLONE_FILES))
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _OUT_OF_THE_WAY) for descriptor in (log, *sockets)]
+    handed = tuple(range(_FIRST_DESCRIPTOR, _FIRST_DESCRIPTOR + len(sockets)))
+    for descriptor, target in zip(high[1:], handed, strict=True):
+        os.dup2(descriptor, target)
+    return high[0], handed
 
 
 class _CapabilityHeader(ctypes.Structure):

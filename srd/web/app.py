@@ -7,19 +7,17 @@ any child is started and answer 503 `starting` until there is something better t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address
-from types import MappingProxyType
 from typing import Any, Final
 
 from aiohttp import web
 
-from srd.model import Endpoint, IpAddress, SrdError
+from srd.listening import Listeners
+from srd.model import Endpoint, IpAddress
 from srd.reconcile import Loop
 from srd.state import Situation
 from srd.web import documents, health
@@ -67,7 +65,6 @@ class WebServer:
         self._metrics = Metrics(situation, self._http_counts, loops, version)
         self._server: GuardedServer | None = None
         self._listeners: list[asyncio.Server] = []
-        self.sockets: dict[Endpoint, socket.socket] = {}  # where it listens
         self._paths: Mapping[str, Callable[[Situation], tuple[int, str, bytes]]] = {
             "/liveness": self._liveness,
             "/srd": lambda s: _document(health.OK, documents.node_document(s, version)),
@@ -87,21 +84,15 @@ class WebServer:
             found.append(localhost)
         return tuple(found)
 
-    async def start(self, kept: Mapping[Endpoint, socket.socket] = MappingProxyType({})) -> None:
-        """Bind every socket but those that an earlier srd has left listening (`kept`), then serve.
-
-        `SrdError` names the address that cannot be bound, and none is left bound.
-        """
+    async def start(self, sockets: Listeners) -> None:
+        """Listen, then serve; `SrdError` names the address that cannot be had."""
         self._server = GuardedServer(self._handle, self._gate, self._timeouts)
         loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as bound:
-            for endpoint in self.endpoints:
-                self.sockets[endpoint] = bound.enter_context(kept.get(endpoint) or _listening_socket(endpoint))
-            self._listeners = [
-                await loop.create_server(self._server, sock=listener, backlog=BACKLOG)
-                for listener in self.sockets.values()
-            ]
-            bound.pop_all()
+        self._listeners = [
+            # A copy: asyncio closes what it is given, and whose these are is not its business.
+            await loop.create_server(self._server, sock=listener.dup(), backlog=BACKLOG)
+            for listener in sockets.open(self.endpoints)
+        ]
 
     async def stop(self) -> None:
         """Stop listening, let the answers under way end, and close every connection."""
@@ -165,23 +156,3 @@ class WebServer:
 
 def _document(status: int, document: Any) -> tuple[int, str, bytes]:
     return status, _JSON, json.dumps(document).encode() + b"\n"
-
-
-def _listening_socket(endpoint: Endpoint) -> socket.socket:
-    version = endpoint.address.version
-    family = socket.AF_INET6 if version == 6 else socket.AF_INET  # noqa: PLR2004 - IP version
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.setblocking(False)
-        listener.bind((str(endpoint.address), endpoint.port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        reason = (error.strerror or str(error)).lower()
-        raise SrdError(
-            "listen for HTTP on", str(endpoint), reason, "http.port and the node's addresses say where"
-        ) from error
-    return listener

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support.situations import NOW, primary_redis, primary_situation, replica_redis
+from support.unmanaged import started
 
 from srd.cli.balancer import split_host
 from srd.cli.main import srd
@@ -213,8 +214,7 @@ async def node(world: World, which: Node) -> AsyncIterator[None]:
         stunnel = ["stunnel4", str(bundle / "stunnel.conf")]
         await stack.enter_async_context(running(stunnel, "/usr/bin/stunnel4", bundle / "stunnel.log"))
         web = WebServer(lambda: world.situation(which), version="0.1.0")
-        await web.start()
-        stack.push_async_callback(web.stop)
+        await stack.enter_async_context(started(web))
 
         async def named() -> bool:
             return await command(world.config.redis.port, "SET", "whoami", which.name, host=host) == b"+OK\r\n"

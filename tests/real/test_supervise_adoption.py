@@ -17,6 +17,7 @@ import pytest
 from support.nodes import PATIENCE, Member, eventually, world
 
 from srd.model import Service
+from srd.reconcile import boottime
 from srd.state import ChildState
 from srd.supervise.adopt import REGISTER_NAME
 
@@ -124,6 +125,38 @@ async def test_a_damaged_register_adopts_nothing_and_ends_nothing() -> None:
             assert [await is_over(pid) for pid in left.values()] == [False] * 3
         finally:
             register.write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "another process"])
+async def test_what_the_service_manager_holds_is_adopted_whatever_the_register_says(damage: str) -> None:
+    with world() as (member,), killed_supervisor(member) as left:
+        register = member.paths.run_dir / REGISTER_NAME
+        if damage == "truncated":
+            register.write_bytes(register.read_bytes()[:50])
+        elif damage == "gone":
+            register.unlink()
+        else:
+            register.write_text(register.read_text().replace(str(left[Service.REDIS]), str(os.getpid())))
+        handed = [(f"child-{service}", os.pidfd_open(pid)) for service, pid in left.items()]
+        async with member.supervised(handed=handed) as node:
+            view = await node.all_ready()
+            assert node.pids() == left
+            assert all(child.adopted for child in view.children.values())
+            started = [view.children[service].started or 0.0 for service in Service]
+            assert started == sorted(started)
+            assert boottime() - 60 < started[0] < boottime()
+        assert {Service(record["service"]) for record in json.loads(register.read_text())["children"]} == set()
+
+
+async def test_a_held_descriptor_of_a_dead_child_is_an_unseen_end() -> None:
+    with world() as (member,), killed_supervisor(member) as left:
+        handed = [(f"child-{service}", os.pidfd_open(pid)) for service, pid in left.items()]
+        os.kill(left[Service.SENTINEL], signal.SIGKILL)
+        await eventually(lambda: is_over(left[Service.SENTINEL]), "the end of sentinel")
+        async with member.supervised(handed=handed) as node:
+            view = await node.all_ready()
+            assert view.children[Service.SENTINEL].exits == {"unseen": 1}
+            assert [node.pid(service) == left[service] for service in Service] == [True, False, True]
 
 
 async def is_over(pid: int) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.nodes import background, freeze
+from support.unmanaged import no_store
 
 from srd.model import Service, SrdError
 from srd.reconcile import boottime
@@ -68,7 +69,12 @@ class Observed:
         self._changed = asyncio.Event()
         self.deaths = 0
         self.process = Process(
-            Service.REDIS, probe=self.health, changed=self._note, died=self._note_death, timing=timing
+            Service.REDIS,
+            probe=self.health,
+            changed=self._note,
+            died=self._note_death,
+            timing=timing,
+            fds=no_store(),
         )
 
     def _note_death(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from support.machine import CHECKOUT, Machine, machine
 SERVICES = ("redis", "sentinel", "stunnel")
 # The unit's own file, but for where this checkout may lie: /tmp or a home directory.
 DROP_IN = "[Service]\nPrivateTmp=no\nProtectHome=no\nWatchdogSec=5\n"
+TLS_CLIENT = ("openssl", "s_client", "-connect", "127.0.1.1:6380", "-CAfile", "/etc/srd/ca.crt")
 URL = "http://127.0.1.1:8080/health"
 
 
@@ -101,6 +103,21 @@ def test_the_children_outlive_srd_and_no_check_is_refused(node: Machine, how: st
     assert all(child["adopted"] for child in srd(node, "children")["children"])  # type: ignore[attr-defined]
     # The connections that the dead one had accepted end with it; whoever comes after that waits.
     assert checks.refused() <= (how != "restarted")
+
+
+def test_stunnel_is_started_again_by_a_srd_that_did_not_start_it_and_nobody_is_refused(node: Machine) -> None:
+    before, former = pids(node), node.show("srd", "MainPID")
+    node.run("kill", "-KILL", former)
+    node.wait(lambda: back(node, former), "the next srd does its job")
+    # Stopped, it takes nobody; its successor serves whoever has connected meanwhile.
+    node.run("kill", "-STOP", str(before["stunnel"]))
+    with subprocess.Popen(
+        node.inside(*TLS_CLIENT), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    ) as client:
+        node.run("kill", "-KILL", str(before["stunnel"]))
+        said, _ = client.communicate(timeout=30)
+    assert "Verify return code: 0 (ok)" in said
+    assert {service for service in SERVICES if pids(node)[service] != before[service]} == {"stunnel"}
 
 
 def test_a_child_is_restarted_when_asked_and_the_primarys_redis_only_by_force(node: Machine) -> None:

@@ -13,6 +13,7 @@ from ipaddress import ip_address
 
 import pytest
 from support.situations import primary_situation, replica_situation
+from support.unmanaged import started
 
 from srd.cluster import HttpSection, Node
 from srd.model import NodeKind, SrdError
@@ -55,11 +56,8 @@ async def serving(
     port = free_port(loopback(1))
     now = here(situation, port, **limits)
     server = WebServer(lambda: now, version="0.1.0", timeouts=timeouts)
-    await server.start()
-    try:
+    async with started(server):
         yield server, port
-    finally:
-        await server.stop()
 
 
 async def connect(port: int, source: str | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -355,9 +353,9 @@ async def test_a_taken_port_is_one_sentence_and_leaves_nothing_bound() -> None:
         situation = here(primary_situation(), port)
         node = replace(situation.node, addresses=(ip_address(loopback(1)), ip_address(loopback(9))))
         server = WebServer(lambda: replace(situation, node=node), version="0.1.0")
-        with pytest.raises(SrdError, match=f"cannot listen for HTTP on {loopback(9)}:{port}: address already in use"):
-            await server.start()
-        await server.stop()
+        with pytest.raises(SrdError, match=f"cannot listen on {loopback(9)}:{port}: address already in use"):
+            async with started(server):
+                pass
         with socket.socket() as again:
             again.bind((loopback(1), port))
 

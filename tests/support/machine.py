@@ -33,9 +33,14 @@ class Machine:
         assert done.returncode != 0, (command, done.stdout)
         return done
 
+    def inside(self, *command: str) -> tuple[str, ...]:
+        """Return what runs a command there."""
+        return ("nsenter", "--target", str(self.init), "--all", "--wdns=/", *command)
+
     def _inside(self, command: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-        inside = ("nsenter", "--target", str(self.init), "--all", "--wdns=/", *command)
-        return subprocess.run(inside, check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        return subprocess.run(
+            self.inside(*command), check=False, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        )
 
     def write(self, path: str, text: str) -> None:
         target = Path(f"/proc/{self.init}/root{path}")

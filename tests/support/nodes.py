@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from srd.supervise.probe import probe_tls
 from srd.supervise.process import Timing
 from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
+from srd.systemd import FdStore, Notifier
 from srd.trust.bundle import load_bundle
 from support.clusters import cluster_toml, make_bundles, paths_of
 from support.patience import retrying
@@ -87,7 +88,13 @@ class Member:
 
         return tls if service is Service.STUNNEL else resp
 
-    def supervisor(self, wake: Callable[[], None], store: Store, timing: Timing = QUICK) -> Services:
+    def supervisor(
+        self,
+        wake: Callable[[], None],
+        store: Store,
+        timing: Timing = QUICK,
+        handed: Iterable[tuple[str, int]] = (),
+    ) -> Services:
         return Services(
             config=self.config,
             node=self.node,
@@ -100,15 +107,21 @@ class Member:
             joined=lambda: has_joined(self.node, store.view()),
             died=self.deaths.append,
             wake=wake,
+            fds=FdStore(Notifier(None), handed),
             timing=timing,
         )
 
     @contextlib.asynccontextmanager
-    async def supervised(self, timing: Timing = QUICK, *, leave: bool = False) -> AsyncIterator[Supervised]:
-        """Run a supervisor; at the end its children end with it, unless they are to be left."""
+    async def supervised(
+        self, timing: Timing = QUICK, *, leave: bool = False, handed: Iterable[tuple[str, int]] = ()
+    ) -> AsyncIterator[Supervised]:
+        """Run a supervisor; at the end its children end with it, unless they are to be left.
+
+        `handed` is what a service manager has kept for it.
+        """
         store = Store(boottime())
         loop: Loop | None = None
-        services = self.supervisor(lambda: loop.wake() if loop else None, store, timing)
+        services = self.supervisor(lambda: loop.wake() if loop else None, store, timing, handed)
         loop = Loop("services", services.reconcile, resync=5, timeout=PATIENCE)
         try:
             async with background(services.run, loop.run):
