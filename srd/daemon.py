@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import datetime as dt
 import math
+import os
 import signal
 import socket
 import time
@@ -44,7 +45,7 @@ from srd.reconcile import Loop, boottime, contained, until_first
 from srd.roster import Roster
 from srd.state import Situation, Store
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
-from srd.systemd import FdStore, Notifier, handed_over, restarting
+from srd.systemd import FdStore, Notifier, handed_over, own_unit, restarting
 from srd.trust.authority import identify
 from srd.trust.bundle import load_bundle
 from srd.web import health
@@ -58,6 +59,8 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 STATUS_SECONDS: Final = 2.0
 CLIENTS_RESYNC_SECONDS: Final = 60.0
 LONGEST_WAIT_SECONDS: Final = 86400.0
+# Between the wish to keep the children and the stop that follows; a stop at any other time is not meant by it.
+KEEP_SECONDS: Final = 15.0
 
 
 async def run(paths: Paths) -> None:
@@ -87,6 +90,7 @@ class Daemon:
         self._sockets = Listeners("http", fds, backlog=BACKLOG)  # while srd is away a check waits in them
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
+        self._keep_until = 0.0  # a stop before this moment leaves the children running
         self._changing = asyncio.Lock()  # held by whatever changes who is in the cluster
         self._admitting = asyncio.Lock()
         self._protection: Protection | None = None
@@ -147,6 +151,7 @@ class Daemon:
                     "/v1/rekey": partial(self._rekey, keying),
                     "/v1/reload": lambda _: self._reload(keying),
                     "/v1/restart": self._restart,
+                    "/v1/stop": self._end,
                 },
             )
             await control.start()
@@ -205,6 +210,20 @@ class Daemon:
             raise RefusedError("restart", child, f"{self._node.name} runs no such child")
         seconds = _seconds(asked.get("wait", "60"))
         return {"pid": await self._duties.restart(Service(child), force=asked.get("force") == "1", seconds=seconds)}
+
+    async def _end(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Answer `srd stop`: `keep` leaves the children to the next srd.
+
+        Where a unit is named, whoever asks has to have it stopped: the manager would start anew what ends by itself.
+        """
+        if asked.get("keep") == "1":
+            if os.getpid() == 1:
+                raise RefusedError("leave the children to", "the next srd", "srd is PID 1: nothing here outlives it")
+            self._keep_until = boottime() + KEEP_SECONDS
+        unit = own_unit()
+        if unit is None:
+            self._stop.set()
+        return {"unit": unit}
 
     async def _reload_on_hangup(self, keying: Keying) -> None:
         while True:
@@ -298,7 +317,7 @@ class Daemon:
 
     async def _until_stopped(self) -> None:
         await self._stop.wait()
-        if await restarting():
+        if boottime() < self._keep_until or await restarting():
             log.info("leaving for the next srd", children=self._duties is not None)
             return
         log.info("stopping")

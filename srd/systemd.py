@@ -127,7 +127,7 @@ async def restarting() -> bool:
 
     SIGTERM says nothing of that, the manager's list of jobs does. When nobody can be asked, it is a stop.
     """
-    unit = _unit()
+    unit = own_unit()
     if unit is None:
         return False
     try:
@@ -157,8 +157,11 @@ async def restarting() -> bool:
     return any(words[1:3] == [unit, "restart"] for words in map(str.split, said.decode().splitlines()))
 
 
-def _unit() -> str | None:
-    """Return the unit that this process is part of, by its control group; None for one that is in no service."""
+def own_unit() -> str | None:
+    """Return the service unit whose main process this is, or was started as; None for any other process."""
+    # Whatever is started below a service, by cron say, is in its control group too (systemd.exec(5), since 248).
+    if os.environ.get("SYSTEMD_EXEC_PID") != str(os.getpid()):
+        return None
     try:
         text = _CGROUP.read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,18 +1,21 @@
-"""The verbs by which a person has the daemon do something: rekey, reload."""
+"""The verbs by which a person has the daemon do something: rekey, reload, restart, stop."""
 
 from __future__ import annotations
 
+import subprocess
+import time
 from collections.abc import Callable
 from urllib.parse import urlencode
 
 import click
 
 from srd.control import client
-from srd.model import Paths, Service
+from srd.model import Paths, Service, SrdError, TimedOutError
 
 _ANSWER_SECONDS = 5.0
 _RELOAD_SECONDS = 60.0
 _STOP_SECONDS = 120.0
+_POLL_SECONDS = 0.05
 
 
 def _timeout(seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -51,6 +54,37 @@ def restart_command(paths: Paths, child: str, *, force: bool, timeout: float) ->
     # Its grace comes first, and redis' may be long.
     answer = client.post(paths.control_socket, f"/v1/restart?{urlencode(query)}", timeout=timeout + _STOP_SECONDS)
     click.echo(f"{child} is ready, pid {answer['pid']}")
+
+
+@click.command("stop")
+@click.option("--keep-data-path", is_flag=True, help="Leave redis, sentinel and stunnel running, for the next srd.")
+@_timeout(_STOP_SECONDS)
+@click.pass_obj
+def stop_command(paths: Paths, *, keep_data_path: bool, timeout: float) -> None:
+    """Stop this node: stunnel, sentinel and redis in this order, then srd; return when all have ended.
+
+    The encryption stays as it is. Under systemd this is `systemctl stop`, so that srd is not started again.
+    """
+    unit = client.post(paths.control_socket, f"/v1/stop{'?keep=1' if keep_data_path else ''}")["unit"]
+    if unit is not None:
+        _systemctl_stop(unit, timeout)
+    deadline = time.monotonic() + timeout
+    while client.is_answered(paths.control_socket):
+        if time.monotonic() >= deadline:
+            raise TimedOutError("stop", "srd", f"it still runs after {timeout:g} s", "its log says what it waits for")
+        time.sleep(_POLL_SECONDS)
+    click.echo("srd is stopped" + ("; its children run on" if keep_data_path else ""))
+
+
+def _systemctl_stop(unit: str, seconds: float) -> None:
+    try:
+        subprocess.run(("systemctl", "stop", unit), check=True, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise TimedOutError("stop", unit, f"not within {seconds:g} s", f"systemctl status {unit} says more") from None
+    except subprocess.CalledProcessError as error:
+        raise SrdError("stop", unit, error.stderr.strip() or f"systemctl ends with {error.returncode}") from error
+    except OSError as error:
+        raise SrdError("run", "systemctl", error.strerror or str(error)) from error
 
 
 @click.command("reload")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import threading
@@ -52,6 +53,10 @@ def srd(node: Machine, verb: str) -> dict[str, object]:
 
 def pids(node: Machine) -> dict[str, int]:
     return {child["service"]: child["pid"] for child in srd(node, "children").get("children", ())}  # type: ignore[union-attr]
+
+
+def lives(node: Machine, pid: int) -> bool:
+    return node.run("cat", f"/proc/{pid}/comm", check=False) != ""
 
 
 class Checks:
@@ -145,12 +150,24 @@ def test_logs_are_rotated_under_the_children_and_go_on(node: Machine) -> None:
     assert pids(node) == before
 
 
-def test_a_stop_ends_the_children_and_a_start_brings_them_back(node: Machine) -> None:
+def test_a_stop_can_leave_the_children_to_the_next_srd(node: Machine) -> None:
     before = pids(node)
-    node.run("systemctl", "stop", "srd")
+    assert node.run("/opt/srd/bin/srd", "stop", "--keep-data-path") == "srd is stopped; its children run on\n"
+    assert node.show("srd", "ActiveState") == "inactive"
+    assert all(lives(node, pid) for pid in before.values())
+    assert "Verify return code: 0 (ok)" in node.run("sh", "-c", f"{shlex.join(TLS_CLIENT)} </dev/null")
+    node.run("systemctl", "start", "srd")
+    node.wait(lambda: healthy(node), "it does its job again")
+    assert pids(node) == before
+
+
+@pytest.mark.parametrize("stop", [("systemctl", "stop", "srd"), ("/opt/srd/bin/srd", "stop")])
+def test_a_stop_ends_the_children_and_a_start_brings_them_back(node: Machine, stop: tuple[str, ...]) -> None:
+    before = pids(node)
+    node.run(*stop)
+    assert node.show("srd", "ActiveState") == "inactive"
     assert node.show("srd", "Result") == "success"
-    for pid in before.values():
-        assert node.run("cat", f"/proc/{pid}/comm", check=False) == ""
+    assert not any(lives(node, pid) for pid in before.values())
     assert node.fails("curl", "-s", URL).returncode == 7, "curl's for a connection that was refused"
     node.run("systemctl", "start", "srd")
     node.wait(lambda: healthy(node), "it does its job again")
