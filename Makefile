@@ -40,7 +40,15 @@ lint: venv  ## ruff, mypy --strict, import-linter
 
 .PHONY: test
 test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab
+	@# Side by side: the lab is one process with one CPU of its own. The output of each comes when it is done.
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-here test-lab
+
+.PHONY: test-here
+test-here: venv
 	$(BIN)/pytest
+
+.PHONY: test-lab
+test-lab: venv
 	LAB_BARE=1 tests/lab/boot tests/lab/suite
 
 .PHONY: bench

@@ -8,10 +8,13 @@ from typing import Final
 
 from srd.cluster import MIN_REPLICAS_MAX_LAG, Node
 from srd.model import IpsecMode, NodeKind, Role
-from srd.state import ChildState, Situation, services_of
+from srd.state import ChildState, Situation, Symptom, services_of
 
 # A link that is being keyed for the first time takes about a second in production and some in a slow lab.
 CHANNEL_HOLD_SECONDS: Final = 5.0
+# Five ends in two minutes are no accident: the back-off allows six in that time.
+FLAPPING_ENDS: Final = 5
+FLAPPING_SECONDS: Final = 120.0
 CERTIFICATE_WARNING_SECONDS: Final = 14 * 86400.0
 
 
@@ -33,12 +36,22 @@ class Code(enum.StrEnum):
     CHANNEL_DOWN = "channel_down"
     REKEY_FAILING = "rekey_failing"
     CHILD_DOWN = "child_down"
+    CHILD_SILENT = "child_silent"
+    CHILD_FLAPPING = "child_flapping"
     CHILD_WAITING = "child_waiting"
     NO_MAJORITY = "no_majority"
     NO_SUCCESSOR = "no_successor"
     WRITES_REFUSED = "writes_refused"
     REPLICA_LINK_DOWN = "replica_link_down"
     CERTIFICATE_EXPIRING = "certificate_expiring"
+
+
+_SYMPTOMS: Final = {
+    Symptom.SLOW: "no answer: it is slow, on the CPU or waiting for a disk; srd waits",
+    Symptom.HUNG: "no answer: it hangs; srd ends it and starts it again",
+    Symptom.STOPPED: "no answer: it was stopped by a signal; srd continues it",
+    Symptom.TRACED: "no answer: a debugger holds it; srd waits",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +99,16 @@ def _service_conditions(s: Situation) -> list[Condition]:
     found = []
     for service in services_of(s.node):
         child = s.view.children.get(service)
+        if child is not None:
+            ends = sum(1 for moment in child.lately if s.now - moment < FLAPPING_SECONDS)
+            if ends >= FLAPPING_ENDS:
+                text = f"it ended {ends} times in {FLAPPING_SECONDS:.0f} s, at last: {child.last_exit}"
+                found.append(Condition(Code.CHILD_FLAPPING, Severity.WARNING, service, text))
         if child is not None and child.state is ChildState.READY:
             continue
-        if child is not None and child.waiting_for:
+        if child is not None and child.symptom is not None:
+            found.append(Condition(Code.CHILD_SILENT, Severity.CRITICAL, service, _SYMPTOMS[child.symptom]))
+        elif child is not None and child.waiting_for:
             found.append(Condition(Code.CHILD_WAITING, Severity.CRITICAL, service, f"waits: {child.waiting_for}"))
         else:
             state = child.state if child is not None else ChildState.STOPPED

@@ -11,6 +11,7 @@ from typing import Any, Final
 from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.ha import restart
+from srd.ha.lease import endpoint_of
 from srd.ha.observe import Observer
 from srd.model import Paths, RefusedError, Role, Secrets, Service, TimedOutError
 from srd.reconcile import Loop
@@ -59,6 +60,7 @@ class Duties:
             died=self._note_death,
             wake=self._wake,
             fds=fds,
+            deposed=self._deposed,
         )
         self._loop = Loop("services", self._services.reconcile, resync=RESYNC_SECONDS, timeout=PASS_SECONDS)
         self.bodies = (self._observer.run, self._services.run, self._loop.run)
@@ -137,6 +139,13 @@ class Duties:
 
     def _start_of_redis(self) -> Start:
         return restart.start(self._situation(), self._death, holds_data=_holds_data(self._paths))
+
+    def _deposed(self) -> bool:
+        """Whether this node's redis was primary when it last answered, and a majority names another one now."""
+        lease = self._view().lease
+        named = lease.primary if lease is not None else None
+        own = endpoint_of(self._config, self._node)
+        return self._observer.last_role is Role.PRIMARY and named not in (None, own)
 
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""

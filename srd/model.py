@@ -56,6 +56,10 @@ class ConfigError(SrdError):
     exit_status = EXIT_CONFIG
 
 
+class NoAnswerError(SrdError):
+    """Nobody answers there, or not in time."""
+
+
 class PermissionRefusedError(SrdError):
     """The process lacks a right that the operation needs."""
 

@@ -28,9 +28,18 @@ class ChildState(enum.StrEnum):
     BACKOFF = "backoff"
 
 
+class Symptom(enum.StrEnum):
+    """What is the matter with a child that runs and does not answer; supervise/pulse.py tells them apart."""
+
+    SLOW = "slow"  # it uses the CPU, or waits for a disk
+    HUNG = "hung"  # it does neither
+    STOPPED = "stopped"  # by SIGSTOP
+    TRACED = "traced"  # by a debugger
+
+
 @dataclass(frozen=True, slots=True)
 class Child:
-    """One supervised program. `started` and `retry_at` are CLOCK_BOOTTIME seconds."""
+    """One supervised program. `started`, `retry_at` and `lately`, when it ended unasked, are CLOCK_BOOTTIME seconds."""
 
     state: ChildState
     pid: int | None = None
@@ -42,6 +51,8 @@ class Child:
     last_exit: str | None = None
     retry_at: float | None = None
     waiting_for: str | None = None
+    symptom: Symptom | None = None
+    lately: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,12 +148,13 @@ def _children(document: Document) -> None:
             duration(child.get("uptime_seconds")),
             cell(child["restarts"]),
             cell(child.get("adopted")),
+            cell(", ".join(f"{number} {cause}" for cause, number in child.get("exits", {}).items())),
             cell(child.get("last_exit")),
             cell(child.get("waiting_for")),
         ]
         for child in document["children"]
     ]
-    print_table(["CHILD", "STATE", "PID", "UPTIME", "RESTARTS", "ADOPTED", "LAST EXIT", "WAITS FOR"], rows)
+    print_table(["CHILD", "STATE", "PID", "UPTIME", "RESTARTS", "ADOPTED", "ENDS", "LAST END", "WAITS FOR"], rows)
 
 
 def _events(document: Document) -> None:

@@ -18,7 +18,7 @@ import redis.exceptions as resp
 from redis.asyncio import Connection
 from redis.credentials import CredentialProvider
 
-from srd.model import Endpoint, Secret, SrdError
+from srd.model import Endpoint, NoAnswerError, Secret, SrdError
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class RespError(SrdError):
     """A redis or a sentinel could not be asked, or its answer is of no use."""
 
 
-class UnreachableError(RespError):
+class UnreachableError(RespError, NoAnswerError):
     """Nobody answers there, or not in time."""
 
 

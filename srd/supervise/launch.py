@@ -16,7 +16,7 @@ from srd.reconcile import boottime
 from srd.supervise import programs, render
 from srd.supervise.adopt import Register, argv_hash, record_of
 from srd.supervise.files import Owner, make_service_directory, write_private
-from srd.supervise.process import Running
+from srd.supervise.running import Running
 from srd.supervise.spawn import Command, Started, spawn
 
 TLS_FILES: Final = ("tls.crt", "tls.key", "ca.crt")

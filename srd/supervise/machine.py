@@ -24,6 +24,7 @@ class Event(enum.StrEnum):
     REFUSED = "refused"  # it could not be started at all
     ANSWERED = "answered"  # its probe succeeded
     SILENT = "silent"  # its probe has failed for too long
+    HUNG = "hung"  # silent, and nothing but an end helps
     STOP = "stop"  # it is no longer wanted
     GRACE_OVER = "grace_over"  # it was asked to end and has not
     EXITED = "exited"  # it ended
@@ -55,7 +56,9 @@ TABLE: Final[Mapping[tuple[ChildState, Event], tuple[ChildState, tuple[Action, .
     (_S.READY, _E.SILENT): (_S.DEGRADED, ()),
     (_S.READY, _E.STOP): (_S.STOPPING, (_A.TERMINATE,)),
     (_S.READY, _E.EXITED): (_S.BACKOFF, (_A.PAUSE,)),
-    # Never killed for being silent: a redis that loads its data or runs a long script would lose more by that.
+    # Not for being silent alone: a redis that loads its data or runs a long script would lose more by that.
+    (_S.DEGRADED, _E.HUNG): (_S.DEGRADED, (_A.TERMINATE,)),
+    (_S.DEGRADED, _E.GRACE_OVER): (_S.DEGRADED, (_A.KILL,)),
     (_S.DEGRADED, _E.ANSWERED): (_S.READY, ()),
     (_S.DEGRADED, _E.STOP): (_S.STOPPING, (_A.TERMINATE,)),
     (_S.DEGRADED, _E.EXITED): (_S.BACKOFF, (_A.PAUSE,)),

@@ -8,9 +8,10 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from srd.model import Endpoint, SrdError
+from srd.model import Endpoint, NoAnswerError, SrdError
 
 _OPERATION: Final = "use TLS at"
+_CLOSE_SECONDS: Final = 0.5
 _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _END: Final = "-----END CERTIFICATE-----"
 
@@ -50,9 +51,12 @@ async def _served(endpoint: Endpoint, context: ssl.SSLContext) -> bytes | None:
             return session.getpeercert(binary_form=True)
         finally:
             writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            # stunnel closes its side when redis has closed the other, and how soon that is says nothing of stunnel.
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await writer.wait_closed()
+            writer.transport.abort()
     except ssl.SSLCertVerificationError as error:
         raise SrdError(_OPERATION, str(endpoint), f"certificate not valid: {error.verify_message}") from error
     except OSError as error:
-        raise SrdError(_OPERATION, str(endpoint), error.strerror or str(error)) from error
+        raise NoAnswerError(_OPERATION, str(endpoint), error.strerror or str(error)) from error

@@ -11,18 +11,18 @@ import asyncio
 import os
 import random
 import signal
-from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final
 
 import structlog
 
-from srd.model import PermissionRefusedError, Service, SrdError
+from srd.model import NoAnswerError, PermissionRefusedError, Service, SrdError
 from srd.reconcile import boottime
-from srd.state import Child, ChildState
+from srd.state import Child, ChildState, Symptom
 from srd.supervise.machine import RUNNING, Action, Event, failures_after, restart_pause, transition
+from srd.supervise.pulse import Remedy, Silence, read_pulse, remedy
+from srd.supervise.running import Running, Timing, pidfd_name
+from srd.supervise.tally import UNSEEN, End, Tally, end_of, oom_kills
 from srd.systemd import FdStore
 
 log = structlog.get_logger(__name__)
@@ -32,38 +32,12 @@ _PROBE_PAUSE_GROWTH: Final = 1.5
 _PROBE_PAUSE_CAP: Final = 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """The patience of supervision, in seconds but for the count."""
-
-    start_timeout: float = 30.0
-    probe_timeout: float = 2.0
-    probe_interval: float = 2.0
-    probe_failures: int = 3
-    kill_timeout: float = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A live process, just started or found again."""
-
-    pid: int
-    pidfd: int
-    started: float
-    restarts: int
-    adopted: bool
-
-
-def pidfd_name(service: Service) -> str:
-    """Return under which name the service manager holds a child's descriptor."""
-    return f"child-{service}"
-
-
 class Process:
     """One child of srd.
 
     `probe` raises `SrdError` while the child does not do its job. `changed` is called after each change of the
-    snapshot; `died` at each end of the program, an unseen one included, before anything follows from it.
+    snapshot; `died` at each end of the program, an unseen one included, before anything follows from it. `deposed` says
+    whether it was primary and another is by now.
     """
 
     def __init__(
@@ -75,6 +49,7 @@ class Process:
         died: Callable[[], None],
         timing: Timing,
         fds: FdStore,
+        deposed: Callable[[], bool],
     ) -> None:
         self.service = service
         self.waiting_for: str | None = None
@@ -84,6 +59,7 @@ class Process:
         self._died = died
         self._timing = timing
         self._fds = fds
+        self._deposed = deposed
         self._state = ChildState.STOPPED
         self._running: Running | None = None
         self._launching: asyncio.Future[Running] | None = None
@@ -97,9 +73,13 @@ class Process:
         self._restarts = 0
         self._launched_before = False
         self._released = False
-        self._exits: Counter[str] = Counter()
-        self._last_exit: str | None = None
+        self._tally = Tally()
         self._complaint: str | None = None
+        self._symptom: Symptom | None = None
+        self._silence: Silence | None = None
+        self._doom: str | None = None  # why srd ends it, while it does
+        self._kill_at: float | None = None
+        self._oom_kills = 0
 
     @property
     def state(self) -> ChildState:
@@ -121,10 +101,12 @@ class Process:
             ready_since=self._ready_since,
             adopted=running.adopted if running else False,
             restarts=self._restarts,
-            exits=MappingProxyType(dict(self._exits)),
-            last_exit=self._last_exit,
+            exits=self._tally.causes,
+            last_exit=self._tally.last,
             retry_at=self._retry_at,
             waiting_for=self.waiting_for or (f"an answer ({self._complaint})" if self._complaint else None),
+            symptom=self._symptom,
+            lately=self._tally.lately,
         )
 
     def adopt(self, running: Running) -> None:
@@ -151,7 +133,7 @@ class Process:
         """
         self._signal(signal.SIGHUP)
         deadline = boottime() + seconds
-        while (complaint := await self._ask()) is not None:
+        while (complaint := (await self._question())[0]) is not None:
             if boottime() >= deadline:
                 raise SrdError("reload", self.service, complaint, f"srd logs {self.service} may say why")
             await self._ended_within(_PROBE_PAUSE_FIRST)
@@ -196,37 +178,85 @@ class Process:
         failures = 0
         pause = _PROBE_PAUSE_FIRST
         while self._running is running:
-            complaint = await self._ask()
+            complaint, silent = await self._question()
             if self._running is not running:
                 return  # the answer is about a child that has ended meanwhile
             if complaint is None:
                 failures = 0
-                self._complain(None)
-                self._apply(Event.ANSWERED)
+                self._answered()
             else:
                 failures += 1
                 was_ready = self._state is ChildState.READY
                 if failures >= timing.probe_failures if was_ready else boottime() >= deadline:
                     self._complain(complaint)
                     self._apply(Event.SILENT)
+                self._treat(running, silent=silent and self._state is not ChildState.STARTING)
             if self._state is ChildState.STARTING:
                 await self._ended_within(pause)
                 pause = min(pause * _PROBE_PAUSE_GROWTH, _PROBE_PAUSE_CAP)
             else:
                 await self._ended_within(timing.probe_interval)
 
-    async def _ask(self) -> str | None:
+    async def _question(self) -> tuple[str | None, bool]:
+        """Return what the probe complains of, None if of nothing, and whether the child did not answer at all."""
         limit = asyncio.timeout(self._timing.probe_timeout)
         try:
             async with limit:
                 await self._probe()
         except SrdError as error:
-            return str(error)
+            return str(error), isinstance(error, NoAnswerError)
         except TimeoutError:
             if not limit.expired():
                 raise
-            return f"no answer within {self._timing.probe_timeout:g} s"
-        return None
+            return f"no answer within {self._timing.probe_timeout:g} s", True
+        return None, False
+
+    def _answered(self) -> None:
+        self._doom = self._kill_at = None
+        self._oom_kills = oom_kills()
+        self._heard()
+        self._complain(None)
+        self._apply(Event.ANSWERED)
+
+    def _heard(self) -> None:
+        self._silence = None
+        if self._symptom is not None:
+            self._symptom = None
+            self._changed()
+
+    def _treat(self, running: Running, *, silent: bool) -> None:
+        """Find out why the child does not answer, and do what helps: a child that is only slow is left alone."""
+        now = boottime()
+        if not silent:
+            self._heard()
+            return
+        if self._silence is None:
+            self._silence = Silence(now, hung_after=self._timing.hung_after)
+        symptom = self._silence.judge(read_pulse(running.pid), now)
+        if symptom is not self._symptom and not (symptom is Symptom.SLOW and self._state is ChildState.READY):
+            log.warning("child is silent", service=self.service, pid=running.pid, symptom=symptom)
+            self._symptom = symptom
+            self._changed()
+        slow_limit = None if self.service is Service.REDIS else self._timing.slow_limit
+        chosen = remedy(symptom, now - self._silence.since, slow_limit=slow_limit, deposed=self._deposed())
+        if chosen is Remedy.RESUME:
+            log.warning("child was stopped: it is continued", service=self.service, pid=running.pid)
+            self._signal(signal.SIGCONT)
+        elif chosen is not Remedy.WAIT:
+            self._end_silent(symptom, now, at_once=chosen is Remedy.KILL)
+
+    def _end_silent(self, symptom: Symptom, now: float, *, at_once: bool) -> None:
+        """End a child that will not answer any more; its end is followed by a pause and a start, as any other."""
+        if self._kill_at is None:
+            never = ", and was never ready" if self._ready_since is None else ""
+            self._doom = f"srd ended it: it was {symptom}{never}"
+            log.warning("child is ended", service=self.service, pid=self.pid, symptom=symptom)
+            self._apply(Event.SILENT)  # whatever it was, it is degraded now
+            self._kill_at = now if at_once else now + self._timing.hung_grace
+            if not at_once:
+                self._apply(Event.HUNG)
+        if now >= self._kill_at:
+            self._apply(Event.GRACE_OVER)
 
     async def _ended_within(self, seconds: float) -> None:
         limit = asyncio.timeout(seconds)
@@ -268,7 +298,7 @@ class Process:
         elif action is Action.TERMINATE:
             self._signal(signal.SIGTERM)
         elif action is Action.KILL:
-            log.warning("child outlived its grace", service=self.service, pid=self.pid)
+            log.warning("child is killed", service=self.service, pid=self.pid)
             self._signal(signal.SIGKILL)
         elif action is Action.PAUSE:
             self._pause()
@@ -297,7 +327,7 @@ class Process:
             log.info("child started", service=self.service, pid=running.pid)
             self._changed()
         else:
-            self._note_end(f"not started: {error}", "not started")
+            self._note_end(End(f"not started: {error}", "not started"))
             self._apply(Event.REFUSED)
             if not isinstance(error, SrdError):
                 raise error  # a defect: the loop's exception handler shows it
@@ -306,6 +336,7 @@ class Process:
         self._running = running
         self._restarts = running.restarts
         self._launched_before = True
+        self._oom_kills = oom_kills()
         self._ended.clear()
         self._alive.set()
         # The manager's copy is this very process for whoever holds it next, whatever becomes of the state file.
@@ -317,13 +348,13 @@ class Process:
         if running is None:
             return
         asyncio.get_running_loop().remove_reader(running.pidfd)
-        how, kind = _collect(running.pidfd)
+        end = self._cause_of(end_of(running.pidfd))
         self._fds.forget(pidfd_name(self.service))
         os.close(running.pidfd)
-        self._note_end(how, kind, expected=self._state is ChildState.STOPPING)
-        log.info("child ended", service=self.service, pid=running.pid, how=how)
+        self._note_end(end, expected=self._state is ChildState.STOPPING)
+        log.info("child ended", service=self.service, pid=running.pid, how=end.words)
         self._running = None
-        self._complaint = None
+        self._complaint = self._symptom = self._silence = self._doom = self._kill_at = None
         self._alive.clear()
         self._ended.set()
         self._died()
@@ -331,13 +362,23 @@ class Process:
 
     def note_unseen_end(self) -> None:
         """Count an end that happened while no srd was there to see it."""
-        self._note_end("it ended while no srd was there", "unseen")
+        self._note_end(UNSEEN)
         self._died()
 
-    def _note_end(self, how: str, kind: str, *, expected: bool = False) -> None:
-        self._last_exit = how
-        self._exits[kind] += 1
-        ready = boottime() - self._ready_since if self._ready_since is not None else None
+    def _cause_of(self, end: End) -> End:
+        """Put what is known of the cause to how a process ended."""
+        if self._doom is not None:
+            return end.because(self._doom, "not ready" if self._ready_since is None else "silent")
+        if self._state is not ChildState.STOPPING and end.label in ("SIGKILL", "unknown"):
+            before, self._oom_kills = self._oom_kills, oom_kills()
+            if self._oom_kills > before:
+                return end.because("the kernel was out of memory", "oom")
+        return end
+
+    def _note_end(self, end: End, *, expected: bool = False) -> None:
+        now = boottime()
+        self._tally.note(end, now, expected=expected)
+        ready = now - self._ready_since if self._ready_since is not None else None
         self._failures = 0 if expected else failures_after(self._failures, ready)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -365,18 +406,3 @@ class Process:
             self._timer.cancel()
         self._timer = None
         self._retry_at = None
-
-
-def _collect(pidfd: int) -> tuple[str, str]:
-    """Return how a process ended: in words, and as one of a small set of labels."""
-    try:
-        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
-    except ChildProcessError:
-        # Adopted: the status went to whoever became its parent.
-        return "unknown, it was adopted", "unknown"
-    if result is None:
-        return "unknown, its status is not there", "unknown"
-    if result.si_code == os.CLD_EXITED:
-        return f"exit status {result.si_status}", f"status {result.si_status}"
-    name = signal.Signals(result.si_status).name if result.si_status in set(signal.Signals) else str(result.si_status)
-    return f"killed by {name}", name

@@ -34,7 +34,8 @@ from srd.supervise.adopt import (
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, write_private
 from srd.supervise.launch import Launcher
 from srd.supervise.machine import RUNNING
-from srd.supervise.process import Process, Running, Timing, pidfd_name
+from srd.supervise.process import Process
+from srd.supervise.running import Running, Timing, pidfd_name
 from srd.systemd import FdStore
 
 log = structlog.get_logger(__name__)
@@ -66,6 +67,7 @@ class Services:
         died: Callable[[Service], None],
         wake: Callable[[], None],
         fds: FdStore,
+        deposed: Callable[[], bool],
         timing: Timing | None = None,
     ) -> None:
         self._config = config
@@ -97,6 +99,7 @@ class Services:
                 died=partial(died, service),
                 timing=self._timing,
                 fds=fds,
+                deposed=deposed if service is Service.REDIS else lambda: False,
             )
             for service in services_of(node)
         }

@@ -16,9 +16,10 @@ from support.unmanaged import no_store
 
 from srd.model import Service, SrdError
 from srd.reconcile import boottime
-from srd.state import Child, ChildState
+from srd.state import Child, ChildState, Symptom
 from srd.supervise.files import Owner
-from srd.supervise.process import Process, Running, Timing
+from srd.supervise.process import Process
+from srd.supervise.running import Running, Timing
 from srd.supervise.spawn import Command, spawn
 
 FAST = Timing(start_timeout=0.3, probe_timeout=0.2, probe_interval=0.02, probe_failures=3, kill_timeout=5)
@@ -62,19 +63,21 @@ class World:
 class Observed:
     """A process under supervision, and every snapshot that it announced."""
 
-    def __init__(self, world: World, timing: Timing = FAST) -> None:
+    def __init__(self, world: World, timing: Timing = FAST, service: Service = Service.REDIS) -> None:
         self.world = world
         self.health = Health()
         self.history: list[Child] = []
         self._changed = asyncio.Event()
         self.deaths = 0
+        self.deposed = False
         self.process = Process(
-            Service.REDIS,
+            service,
             probe=self.health,
             changed=self._note,
             died=self._note_death,
             timing=timing,
             fds=no_store(),
+            deposed=lambda: self.deposed,
         )
 
     def _note_death(self) -> None:
@@ -103,8 +106,8 @@ class Observed:
 
 
 @contextlib.asynccontextmanager
-async def observed(world: World, timing: Timing = FAST) -> AsyncIterator[Observed]:
-    it = Observed(world, timing)
+async def observed(world: World, timing: Timing = FAST, service: Service = Service.REDIS) -> AsyncIterator[Observed]:
+    it = Observed(world, timing, service)
     try:
         async with background(it.process.watch):
             yield it
@@ -298,6 +301,108 @@ async def test_release_leaves_the_child_and_another_can_adopt_it(world: World) -
         assert (child.pid, child.started, child.restarts, child.adopted) == (pid, 1.5, 7, True)
         await it.process.stop(5)
         assert it.process.state is ChildState.STOPPED
+
+
+# The shell's own loop, so that its main thread is the one that runs.
+BUSY = "while :; do :; done"
+IMPATIENT = replace(FAST, hung_after=0.3, hung_grace=0.2)
+
+
+async def test_a_child_that_hangs_is_ended_and_may_start_again(world: World) -> None:
+    async with observed(world, IMPATIENT) as it:
+        first = await it.start()
+        await it.in_state(ChildState.READY)
+        it.health.hang = True
+        child = await it.in_state(ChildState.STOPPED)
+        assert child.last_exit == "srd ended it: it was hung (killed by SIGTERM)"
+        assert (dict(child.exits), it.deaths) == ({"silent": 1}, 1)
+        assert Symptom.HUNG in {entry.symptom for entry in it.history}
+        it.health.hang = False
+        assert await it.start() != first
+        await it.in_state(ChildState.READY)
+
+
+async def test_a_child_that_hangs_and_is_deaf_is_killed(world: World) -> None:
+    world.script = DEAF
+    async with observed(world, IMPATIENT) as it:
+        await it.start()
+        await wait_for_log(world, "deaf")
+        await it.in_state(ChildState.READY)
+        it.health.hang = True
+        child = await it.in_state(ChildState.STOPPED)
+        assert child.last_exit == "srd ended it: it was hung (killed by SIGKILL)"
+
+
+async def test_a_child_that_was_never_ready_and_hangs_is_ended_for_that(world: World) -> None:
+    async with observed(world, IMPATIENT) as it:
+        it.health.hang = True
+        await it.start()
+        child = await it.in_state(ChildState.STOPPED)
+        assert child.last_exit == "srd ended it: it was hung, and was never ready (killed by SIGTERM)"
+        assert dict(child.exits) == {"not ready": 1}
+
+
+async def test_a_child_that_answers_that_it_cannot_serve_does_not_hang(world: World) -> None:
+    async with observed(world, IMPATIENT) as it:
+        pid = await it.start()
+        it.health.complaint = "it knows no primary"
+        await it.in_state(ChildState.DEGRADED)
+        for _ in range(40):  # 0.8 s and more
+            it.health.asked.clear()
+            await it.health.asked.wait()
+        assert (it.process.pid, it.process.snapshot().symptom) == (pid, None)
+
+
+async def test_redis_is_not_ended_for_being_slow(world: World) -> None:
+    world.script = BUSY
+    async with observed(world, replace(IMPATIENT, slow_limit=0.2)) as it:
+        pid = await it.start()
+        await it.in_state(ChildState.READY)
+        it.health.hang = True
+        await it.until(lambda child: child.symptom is Symptom.SLOW)
+        for _ in range(8):  # 1.6 s and more
+            it.health.asked.clear()
+            await it.health.asked.wait()
+        child = it.process.snapshot()
+        assert (child.pid, child.state, child.symptom) == (pid, ChildState.DEGRADED, Symptom.SLOW)
+        it.health.hang = False
+        child = await it.in_state(ChildState.READY)
+        assert (child.pid, child.symptom) == (pid, None)
+
+
+async def test_another_child_is_slow_for_so_long_only(world: World) -> None:
+    world.script = BUSY
+    async with observed(world, replace(IMPATIENT, hung_after=60, slow_limit=0.5), Service.SENTINEL) as it:
+        await it.start()
+        await it.in_state(ChildState.READY)
+        it.health.hang = True
+        child = await it.in_state(ChildState.STOPPED)
+        assert child.last_exit == "srd ended it: it was slow (killed by SIGTERM)"
+
+
+async def test_a_child_that_was_stopped_is_continued(world: World) -> None:
+    async with observed(world, replace(FAST, probe_failures=1000)) as it:
+        pid = await it.start()
+        await it.in_state(ChildState.READY)
+        it.health.hang = True
+        freeze(pid)
+        await it.until(lambda child: child.symptom is Symptom.STOPPED)
+        await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WCONTINUED)
+        it.health.hang = False
+        await it.until(lambda child: child.symptom is None)
+        assert it.process.pid == pid
+
+
+async def test_a_primary_that_was_stopped_and_replaced_never_runs_again(world: World) -> None:
+    world.script = "trap 'echo it ran' CONT; while :; do sleep 60 & wait; done"
+    async with observed(world) as it:
+        pid = await it.start()
+        await it.in_state(ChildState.READY)
+        it.health.hang, it.deposed = True, True
+        freeze(pid)
+        child = await it.in_state(ChildState.STOPPED)
+        assert child.last_exit == "srd ended it: it was stopped (killed by SIGKILL)"
+        assert "it ran" not in (world.root / "log").read_text()
 
 
 async def wait_for_log(world: World, word: str) -> None:

@@ -25,8 +25,8 @@ from srd.reconcile import Loop, boottime, until_first
 from srd.state import ChildState, Situation, Store, View
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
 from srd.supervise.probe import probe_tls
-from srd.supervise.process import Timing
 from srd.supervise.programs import listen_endpoints
+from srd.supervise.running import Timing
 from srd.supervise.services import Services
 from srd.systemd import FdStore, Notifier
 from srd.trust.bundle import load_bundle
@@ -55,6 +55,7 @@ class Member:
     secrets: Secrets
     start: Start
     deaths: list[Service] = field(default_factory=list)
+    deposed: bool = False
 
     def client(self, service: Service = Service.REDIS, user: str | None = "srd", password: str | None = None) -> Client:
         port = self.config.redis.port if service is Service.REDIS else self.config.sentinel.port
@@ -108,6 +109,7 @@ class Member:
             died=self.deaths.append,
             wake=wake,
             fds=FdStore(Notifier(None), handed),
+            deposed=lambda: self.deposed,
             timing=timing,
         )
 

@@ -9,8 +9,8 @@ import pytest
 from support.situations import arbiter_situation, primary_situation, replica_situation
 
 from srd.conditions import CHANNEL_HOLD_SECONDS, Code, Severity, conditions
-from srd.model import IpsecMode
-from srd.state import Channel, Child, ChildState, Kernel, Situation, Store
+from srd.model import IpsecMode, Service
+from srd.state import Channel, Child, ChildState, Kernel, Situation, Store, Symptom
 
 
 def seen(situation: Situation, **changes: object) -> Situation:
@@ -79,6 +79,32 @@ def test_a_child_that_waits_says_for_what() -> None:
     waits = Child(ChildState.STOPPED, waiting_for="a majority")
     (found,) = conditions(seen(whole, children={**whole.view.children, service: waits}))
     assert (found.code, found.text) == (Code.CHILD_WAITING, "waits: a majority")
+
+
+@pytest.mark.parametrize("symptom", list(Symptom))
+def test_a_child_that_is_silent_says_why_and_what_is_done(symptom: Symptom) -> None:
+    whole = primary_situation()
+    service = next(iter(whole.view.children))
+    silent = Child(ChildState.DEGRADED, waiting_for="an answer", symptom=symptom)
+    (found,) = conditions(seen(whole, children={**whole.view.children, service: silent}))
+    assert (found.code, found.severity) == (Code.CHILD_SILENT, Severity.CRITICAL)
+    assert found.text.startswith("no answer: ")
+
+
+FLAPPING = {Code.CHILD_FLAPPING: (Severity.WARNING, Service.REDIS)}
+
+
+@pytest.mark.parametrize(
+    ("ages", "expected"),
+    [((1, 2, 3, 4), {}), ((1, 2, 3, 4, 119), FLAPPING), ((1, 2, 3, 4, 121), {})],
+)
+def test_a_child_that_ends_again_and_again_is_flapping_even_while_it_is_up(
+    ages: tuple[float, ...], expected: dict[Code, tuple[Severity, str]]
+) -> None:
+    whole = primary_situation()
+    child = whole.view.children[Service.REDIS]
+    ended = replace(child, lately=tuple(whole.now - age for age in ages), last_exit="killed by SIGSEGV")
+    assert codes(seen(whole, children={**whole.view.children, Service.REDIS: ended})) == expected
 
 
 def test_no_majority_of_sentinels_is_counted() -> None:

@@ -26,6 +26,8 @@ EXPECTED = {
     },
     S.DEGRADED: {
         E.ANSWERED: (S.READY, []),
+        E.HUNG: (S.DEGRADED, [A.TERMINATE]),
+        E.GRACE_OVER: (S.DEGRADED, [A.KILL]),
         E.STOP: (S.STOPPING, [A.TERMINATE]),
         E.EXITED: (S.BACKOFF, [A.PAUSE]),
     },
@@ -71,7 +73,7 @@ def test_a_walk_of_any_events_never_makes_two_processes_nor_signals_none(events:
             assert not pausing
         if Action.TERMINATE in actions or Action.KILL in actions:
             assert alive
-            assert state is ChildState.STOPPING
+            assert state in (ChildState.STOPPING, ChildState.DEGRADED)
         adopted = event is Event.ADOPT and state is not before
         alive = (alive or adopted or Action.SPAWN in actions) and event not in (Event.EXITED, Event.REFUSED)
         pausing = Action.PAUSE in actions or (

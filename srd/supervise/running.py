@@ -1,0 +1,37 @@
+"""A live child, and the patience with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from srd.model import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The patience of supervision, in seconds but for the count."""
+
+    start_timeout: float = 30.0
+    probe_timeout: float = 2.0
+    probe_interval: float = 2.0
+    probe_failures: int = 3
+    kill_timeout: float = 5.0
+    hung_after: float = 30.0
+    hung_grace: float = 2.0
+    slow_limit: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A live process, just started or found again."""
+
+    pid: int
+    pidfd: int
+    started: float
+    restarts: int
+    adopted: bool
+
+
+def pidfd_name(service: Service) -> str:
+    """Return under which name the service manager holds a child's descriptor."""
+    return f"child-{service}"
