@@ -13,11 +13,11 @@ from srd.desired import Start
 from srd.ha import restart
 from srd.ha.lease import endpoint_of
 from srd.ha.observe import Observer
-from srd.model import Paths, RefusedError, Role, Secrets, Service, TimedOutError
+from srd.model import Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.state import ChildState, Situation, Store, View, services_of
 from srd.supervise.probe import probe_tls
-from srd.supervise.programs import listen_endpoints
+from srd.supervise.programs import listen_endpoints, owner_of
 from srd.supervise.services import Services
 from srd.systemd import FdStore
 
@@ -138,7 +138,7 @@ class Duties:
         return probes
 
     def _start_of_redis(self) -> Start:
-        return restart.start(self._situation(), self._death, holds_data=_holds_data(self._paths))
+        return restart.start(self._situation(), self._death, holds_data=self._holds_data())
 
     def _deposed(self) -> bool:
         """Whether this node's redis was primary when it last answered, and a majority names another one now."""
@@ -152,8 +152,13 @@ class Duties:
         if service is Service.REDIS:
             self._death = self._observer.death()
 
-
-def _holds_data(paths: Paths) -> bool:
-    """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""
-    directory = paths.service_dir(Service.REDIS)
-    return (directory / "dump.rdb").exists() or any(directory.glob("appendonlydir/*"))
+    def _holds_data(self) -> bool:
+        """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""
+        directory = self._paths.service_dir(Service.REDIS)
+        try:
+            return owner_of(self._config, Service.REDIS).do(
+                lambda: (directory / "dump.rdb").exists() or any(directory.glob("appendonlydir/*"))
+            )
+        except OSError as error:
+            user = self._config.redis.user
+            raise SrdError("look into", str(directory), str(error.strerror), f"chown -R {user}: {directory}") from error

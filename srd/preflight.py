@@ -30,11 +30,7 @@ ADDRESS_PAUSE_SECONDS: Final = 0.2
 _CAPABILITIES_FILE: Final = "/proc/self/status"
 # include/uapi/linux/capability.h
 _CAPABILITIES: Final = {
-    "CAP_CHOWN": 0,  # the children's own directories
-    "CAP_DAC_OVERRIDE": 1,
-    "CAP_FOWNER": 3,
-    "CAP_KILL": 5,  # to stop what runs as another user
-    "CAP_SETGID": 6,
+    "CAP_SETGID": 6,  # to start, to end and to write files for what runs as another user: as that user
     "CAP_SETUID": 7,
     "CAP_NET_BIND_SERVICE": 10,  # the keying channel's ports
     "CAP_NET_ADMIN": 12,  # policies, SAs, the socket mark

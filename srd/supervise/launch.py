@@ -15,6 +15,7 @@ from srd.model import ConfigError, Endpoint, NodeKind, Paths, Secrets, Service, 
 from srd.reconcile import boottime
 from srd.supervise import programs, render
 from srd.supervise.adopt import Register, argv_hash, record_of
+from srd.supervise.become import send_signal
 from srd.supervise.files import Owner, make_service_directory, write_private
 from srd.supervise.running import Running
 from srd.supervise.spawn import Command, Started, spawn
@@ -43,8 +44,10 @@ class Launcher:
         """Whether the bundle has another certificate, key or authority than stunnel was started with."""
         directory = self._paths.service_dir(Service.STUNNEL)
         try:
-            return any((directory / n).read_bytes() != (self._paths.config_dir / n).read_bytes() for n in TLS_FILES)
-        except OSError:
+            given = [(self._paths.config_dir / name).read_bytes() for name in TLS_FILES]
+            owner = programs.owner_of(self._config, Service.STUNNEL)
+            return given != owner.do(lambda: [(directory / name).read_bytes() for name in TLS_FILES])
+        except (OSError, SrdError):
             return True  # the next start says what is wrong with which file
 
     def argv(self, service: Service) -> tuple[str, ...]:
@@ -89,7 +92,7 @@ class Launcher:
             self._register.put(record_of(service, started.pid, argv, started=now, restarts=restarts))
         except SrdError:
             # A child that the next srd would not know is worse than none.
-            signal.pidfd_send_signal(started.pidfd, signal.SIGKILL)
+            send_signal(started.pid, started.pidfd, signal.SIGKILL)
             os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
             os.close(started.pidfd)
             raise
@@ -105,7 +108,7 @@ class Launcher:
 
     def _write_sentinel(self, owner: Owner, start: Start) -> None:
         file = self._file(Service.SENTINEL)
-        if os.path.lexists(file):
+        if owner.do(lambda: os.path.lexists(file)):
             return
         if start.hold is not None:
             raise SrdError("write", str(file), f"who is primary is not known: {start.hold}")

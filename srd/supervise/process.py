@@ -385,12 +385,14 @@ class Process:
         if self._running is None:
             return
         try:
-            signal.pidfd_send_signal(self._running.pidfd, number)
+            send_signal(self._running.pid, self._running.pidfd, number)
         except ProcessLookupError:
             return  # it has just ended; the descriptor says so
         except PermissionError as error:
             who = f"{self.service} (pid {self.pid})"
-            raise PermissionRefusedError("end", who, "srd lacks CAP_KILL", "start srd by its systemd unit") from error
+            raise PermissionRefusedError(
+                "end", who, "srd may not become its user", "start srd by its systemd unit"
+            ) from error
 
     def _pause(self) -> None:
         pause = restart_pause(self._failures, random.uniform(-1, 1))  # noqa: S311 - jitter

@@ -1,9 +1,9 @@
 """Start one program so that it outlives srd and holds no right that it does not need. Blocks: call it from a thread.
 
 The program gets its own session, its own user, an environment that srd writes, no standard input, and a log file
-instead of a pipe. Its capabilities are given up by a thread that exists for this one start: no-new-privs, the ambient
-and inheritable sets and the bounding set belong to a thread, and a child inherits those of the thread that forks it. So
-no launcher program stands between srd and the child, and `argv[0]` is free to choose.
+instead of a pipe. All this is taken on by a thread that exists for this one start: the account, no-new-privs, the
+ambient and inheritable sets and the bounding set belong to a thread, and a child inherits those of the thread that
+forks it. So no launcher program stands between srd and the child, and `argv[0]` is free to choose.
 
 Listening sockets are handed on as systemd does it (sd_listen_fds(3)): descriptors from 3 on, LISTEN_FDS, and
 LISTEN_PID, the program's own pid. Nobody can know that before the fork, so a shell sets it and becomes the program.
@@ -15,12 +15,12 @@ import ctypes
 import fcntl
 import os
 import subprocess
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from srd.model import PLAIN_ENVIRONMENT, SrdError
+from srd.supervise.become import become, in_own_thread
 from srd.supervise.files import Owner, open_log
 
 # linux/prctl.h, linux/capability.h
@@ -65,33 +65,26 @@ class Started:
 def spawn(command: Command) -> Started:
     """Start a program; `SrdError` when the system refuses."""
     log = open_log(command.log)
-    outcome: list[int | OSError | subprocess.SubprocessError] = []
 
-    def body() -> None:
-        try:
-            _give_up_capabilities()
-            outcome.append(_start(command, log))
-        except (OSError, subprocess.SubprocessError) as error:
-            outcome.append(error)
+    def body() -> int:
+        _give_up_capabilities()
+        # Before the start and not by it: the directory can be entered by its owner alone.
+        if command.owner.switch:
+            become(command.owner.uid, command.owner.gid)
+        return _start(command, log)
 
     try:
-        thread = threading.Thread(target=body, name=f"spawn {command.argv[0]}")
-        thread.start()
-        thread.join()
-        result = outcome[0]
-        if isinstance(result, int):
-            # Nobody but srd may reap it, so the number is still its own.
-            return Started(result, os.pidfd_open(result))
-    except OSError as error:
-        result = error
+        pid = in_own_thread(body, f"spawn {command.argv[0]}")
+        # Nobody but srd may reap it, so the number is still its own.
+        return Started(pid, os.pidfd_open(pid))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise SrdError("start", str(command.program), reason) from error
     finally:
         os.close(log)
-    reason = result.strerror if isinstance(result, OSError) and result.strerror else str(result)
-    raise SrdError("start", str(command.program), reason) from result
 
 
 def _start(command: Command, log: int) -> int:
-    owner = command.owner
     environment, argv, program = PLAIN_ENVIRONMENT, command.argv, command.program
     handed: tuple[int, ...] = ()
     if command.sockets:
@@ -108,9 +101,6 @@ def _start(command: Command, log: int) -> int:
         cwd=command.directory,
         env=environment,
         start_new_session=True,
-        user=owner.uid if owner.switch else None,
-        group=owner.gid if owner.switch else None,
-        extra_groups=[] if owner.switch else None,
         umask=0o077,
         pass_fds=handed,
     )

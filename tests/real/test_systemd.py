@@ -172,3 +172,18 @@ def test_a_stop_ends_the_children_and_a_start_brings_them_back(node: Machine, st
     node.run("systemctl", "start", "srd")
     node.wait(lambda: healthy(node), "it does its job again")
     assert not set(pids(node).values()) & set(before.values())
+
+
+def capabilities(node: Machine, pid: int) -> dict[str, str]:
+    lines = node.run("cat", f"/proc/{pid}/status").splitlines()
+    return {line.split(":")[0]: line.split(":")[1].strip() for line in lines}
+
+
+def test_the_children_run_as_their_users_without_a_capability(node: Machine) -> None:
+    users = {"redis": "redis", "sentinel": "redis", "stunnel": "stunnel4"}
+    for service, pid in pids(node).items():
+        status = capabilities(node, pid)
+        assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}, service
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2"), service
+        uid = node.run("id", "-u", users[service]).strip()
+        assert set(status["Uid"].split()) == {uid}, service
