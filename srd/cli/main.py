@@ -35,6 +35,8 @@ VERBS: Final[dict[str, Verb]] = {
     "stop": Verb("srd.cli.act:stop_command", "Stop this node, or srd alone and leave its children running."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),
+    "install": Verb("srd.cli.install:install_command", "Install the units and what belongs to them on this machine."),
+    "uninstall": Verb("srd.cli.install:uninstall_command", "Remove what `srd install` has installed."),
     "close": Verb("srd.cli.protection:close_command", "Close this node to plaintext with its peers, without a daemon."),
     "teardown": Verb("srd.cli.protection:teardown_command", "Remove this node's IPsec protection from the kernel."),
     "haproxy-config": Verb("srd.cli.balancer:haproxy_config_command", "Print a complete haproxy.cfg for the cluster."),

@@ -19,6 +19,7 @@ import structlog
 from srd.model import NoAnswerError, PermissionRefusedError, Service, SrdError
 from srd.reconcile import boottime
 from srd.state import Child, ChildState, Symptom
+from srd.supervise.become import send_signal
 from srd.supervise.machine import RUNNING, Action, Event, failures_after, restart_pause, transition
 from srd.supervise.pulse import Remedy, Silence, read_pulse, remedy
 from srd.supervise.running import Running, Timing, pidfd_name

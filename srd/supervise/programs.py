@@ -94,7 +94,7 @@ def listen_endpoints(config: Config, node: Node, service: Service) -> tuple[Endp
     return tuple(Endpoint(address, port) for address in (*node.addresses, *((LOCALHOST,) if local else ())))
 
 
-def _own_children(paths: Paths) -> frozenset[Service]:
+def own_children(paths: Paths) -> frozenset[Service]:
     """Return the services of this node that run as children of a srd, be it there or gone."""
     alive = set()
     try:
@@ -115,7 +115,7 @@ def check_ports(config: Config, node: Node, paths: Paths, kept: Collection[Endpo
 
     Those that srd's own children hold do not count, nor does where srd itself listens already (`kept`).
     """
-    own = _own_children(paths)
+    own = own_children(paths)
     found = [
         check_endpoint(endpoint)
         for service in services_of(node)

@@ -14,7 +14,7 @@ from typing import Self
 
 import pytest
 from support.clusters import cluster_toml, make_bundles
-from support.machine import CHECKOUT, Machine, machine
+from support.machine import CHECKOUT, INSTALL, Machine, machine
 
 SERVICES = ("redis", "sentinel", "stunnel")
 # The unit's own file, but for where this checkout may lie: /tmp or a home directory.
@@ -33,9 +33,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         shutil.copytree(root / "bundles" / "redis-1", there / "etc/srd")
         (there / "etc/srd").chmod(0o700)
         (there / "opt/srd").symlink_to(CHECKOUT / ".venv")
-        shutil.copy(CHECKOUT / "systemd/srd.service", there / "etc/systemd/system")
         made.write("/etc/systemd/system/srd.service.d/checkout.conf", DROP_IN)
-        made.run("systemctl", "daemon-reload")
+        made.run(*INSTALL)
         made.run("systemctl", "start", "srd", check=False)
         journal = ("journalctl", "--no-pager", "--unit", "srd")
         assert made.show("srd", "ActiveState") == "active", made.run(*journal)
@@ -137,7 +136,6 @@ def test_a_child_is_restarted_when_asked_and_the_primarys_redis_only_by_force(no
 
 
 def test_logs_are_rotated_under_the_children_and_go_on(node: Machine) -> None:
-    node.write("/etc/logrotate.d/srd", (CHECKOUT / "systemd/srd.logrotate").read_text())
     before, log = pids(node), "/var/log/srd/redis.log"
     assert "Ready to accept connections" in node.run("cat", log)
     node.run("logrotate", "--force", "/etc/logrotate.d/srd")
@@ -148,6 +146,13 @@ def test_logs_are_rotated_under_the_children_and_go_on(node: Machine) -> None:
     node.wait(lambda: "DB saved on disk" in node.run("cat", log), "redis writes on")
     assert "\0" not in node.run("cat", log)
     assert pids(node) == before
+
+
+def test_srd_is_not_uninstalled_while_it_runs(node: Machine) -> None:
+    refused = node.fails("/opt/srd/bin/srd", "uninstall", "--purge")
+    assert (refused.returncode, "systemctl stop srd" in refused.stderr) == (40, True), refused
+    assert node.show("srd", "LoadState") == "loaded"
+    assert "node.key" in node.run("ls", "/etc/srd")
 
 
 def test_a_stop_can_leave_the_children_to_the_next_srd(node: Machine) -> None:

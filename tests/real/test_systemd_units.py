@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from support.clusters import dual_stack_toml, make_bundles
-from support.machine import CHECKOUT, Machine, machine
+from support.machine import CHECKOUT, INSTALL, Machine, machine
 
-UNITS = CHECKOUT / "systemd"
+UNITS = CHECKOUT / "srd/units"
 NAMES = ("srd.service", "srd-failclosed.service")
 # Tenths of systemd's own measure, in which up to 4.9 is OK. What is left is the network, root, and becoming others.
 MOST_EXPOSED = "23"
@@ -33,10 +33,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         shutil.copytree(root / "bundles" / "redis-1", there / "etc/srd")
         (there / "opt/srd").symlink_to(CHECKOUT / ".venv")
         for unit in NAMES:
-            shutil.copy(UNITS / unit, there / "etc/systemd/system")
             made.write(f"/etc/systemd/system/{unit}.d/checkout.conf", REACHABLE)
-        shutil.copy(UNITS / "srd.tmpfiles", there / "etc/tmpfiles.d/srd.conf")
-        made.run("systemd-tmpfiles", "--create", "srd.conf")
+        made.run(*INSTALL)
         yield made
 
 
@@ -71,3 +69,18 @@ def test_policies_and_the_second_net_can_be_put_with_the_rights_of_the_unit(
     assert "192.0.2.2" in node.run(*shown[keeper])
     node.run("systemctl", "stop", unit)
     node.run("/opt/srd/bin/srd", "teardown", "--yes")
+
+
+def test_the_accounts_of_the_children_are_made_where_no_package_has(node: Machine) -> None:
+    for name in ("redis", "stunnel4"):
+        node.run("userdel", name)
+    node.run(*INSTALL)
+    for name in ("redis", "stunnel4"):
+        assert f"uid={node.run('id', '-u', name).strip()}({name})" in node.run("id", name)
+
+
+def test_what_was_installed_can_be_removed(node: Machine) -> None:
+    removed = node.run("/opt/srd/bin/srd", "uninstall")
+    assert removed.startswith("run  systemctl disable srd.service srd-failclosed.service\n")
+    assert node.show("srd.service", "LoadState") == "not-found"
+    assert "ca.crt" in node.run("ls", "/etc/srd")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 60.0
+# /opt/srd is a link to this checkout's environment, wherever that is.
+INSTALL = ("/opt/srd/bin/srd", "install", "--program", "/opt/srd/bin/srd")
 
 
 @dataclass(frozen=True)
