@@ -31,6 +31,10 @@ demo: venv  ## show what srd does, on a kernel of its own; ONCE=1 ends it with t
 lab: venv  ## a cluster in the lab: SCRIPT=path runs it inside, without it a shell; NODES=3
 	@tests/lab/boot $(SCRIPT)
 
+.PHONY: deb
+deb: venv  ## build the Debian package, into dist/
+	@packaging/build-deb
+
 .PHONY: lint
 lint: venv  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import subprocess
-import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
 from support.clusters import cluster_toml, make_bundles
 from support.machine import CHECKOUT, INSTALL, Machine, machine
+from support.unit import URL, Checks, back, healthy, lives, pids, srd
 
 SERVICES = ("redis", "sentinel", "stunnel")
 # The unit's own file, but for where this checkout may lie: /tmp or a home directory.
 DROP_IN = "[Service]\nPrivateTmp=no\nProtectHome=no\nWatchdogSec=5\n"
 TLS_CLIENT = ("openssl", "s_client", "-connect", "127.0.1.1:6380", "-CAfile", "/etc/srd/ca.crt")
-URL = "http://127.0.1.1:8080/health"
 
 
 @pytest.fixture(scope="module")
@@ -40,56 +37,6 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         assert made.show("srd", "ActiveState") == "active", made.run(*journal)
         made.wait(lambda: healthy(made), "it does its job")
         yield made
-
-
-def healthy(node: Machine) -> bool:
-    return node.run("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", URL, check=False) == "200"
-
-
-def srd(node: Machine, verb: str) -> dict[str, object]:
-    return json.loads(node.run("/opt/srd/bin/srd", verb, "-o", "json", check=False) or "{}")
-
-
-def pids(node: Machine) -> dict[str, int]:
-    return {child["service"]: child["pid"] for child in srd(node, "children").get("children", ())}  # type: ignore[union-attr]
-
-
-def lives(node: Machine, pid: int) -> bool:
-    return node.run("cat", f"/proc/{pid}/comm", check=False) != ""
-
-
-class Checks:
-    """A balancer's checks, one after the other, while something happens."""
-
-    def __init__(self, node: Machine) -> None:
-        self._node = node
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._check)
-        self.statuses: list[str] = []
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _check(self) -> None:
-        while not self._over.is_set():
-            # 000 is curl's for no answer: refused, reset, or none within 10 s.
-            self.statuses.append(
-                self._node.run("curl", "-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}", URL, check=False)
-            )
-
-    def refused(self) -> int:
-        return self.statuses.count("000")
-
-
-def back(node: Machine, former: str) -> bool:
-    """Whether another srd than the former one does the node's job."""
-    active = node.show("srd", "ActiveState") == "active"
-    return active and node.show("srd", "MainPID") not in (former, "0") and healthy(node)
 
 
 @pytest.mark.parametrize("how", ["killed", "restarted", "hung"])

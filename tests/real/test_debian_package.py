@@ -1,0 +1,123 @@
+"""The Debian package on a machine with systemd: installed, enabled, upgraded under clients, removed, purged."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support.clusters import cluster_toml, make_bundles
+from support.machine import CHECKOUT, Machine, machine
+from support.unit import URL, Checks, back, healthy, lives, pids
+
+STATE = ("/etc/srd", "/var/lib/srd", "/var/log/srd")
+BUILD_SECONDS = 300.0
+
+# Each test goes on where the one before has left the machine, as the life of an installation does.
+pytestmark = pytest.mark.timeout(BUILD_SECONDS + 120)
+
+
+@dataclass(frozen=True)
+class Packages:
+    """Two packages, one with a higher version than the other."""
+
+    first: Path
+    next: Path
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
+    directory = tmp_path_factory.mktemp("packages")
+    build = (CHECKOUT / "packaging/build-deb", directory)
+    built = subprocess.run(build, check=False, capture_output=True, text=True, timeout=BUILD_SECONDS)
+    assert built.returncode == 0, built.stderr
+    (first,) = directory.glob("srd_*.deb")
+    unpacked = directory / "next"
+    subprocess.run(("dpkg-deb", "--raw-extract", first, unpacked), check=True)
+    control = unpacked / "DEBIAN/control"
+    control.write_text(control.read_text().replace("\nVersion: ", "\nVersion: 1:"))
+    following = directory / "next.deb"
+    subprocess.run(("dpkg-deb", "--root-owner-group", "-Znone", "--build", unpacked, following), check=True)
+    return Packages(first, following)
+
+
+@pytest.fixture(scope="module")
+def node(packages: Packages, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A machine with both packages in /root and a bundle of a cluster of one, without IPsec; srd was never there."""
+    root = tmp_path_factory.mktemp("bundles")
+    make_bundles(root, cluster_toml(nodes=1))
+    with machine() as made:
+        there = Path(f"/proc/{made.init}/root")
+        shutil.copy(packages.first, there / "root/first.deb")
+        shutil.copy(packages.next, there / "root/next.deb")
+        shutil.copytree(root / "bundles" / "redis-1", there / "root/redis-1")
+        # Images of containers have one that forbids packages to start anything; a machine has none.
+        (there / "usr/sbin/policy-rc.d").unlink(missing_ok=True)
+        yield made
+
+
+def apt(node: Machine, *arguments: str) -> str:
+    return node.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "--yes", *arguments)
+
+
+def test_an_installation_enables_and_starts_nothing(node: Machine) -> None:
+    apt(node, "install", "/root/first.deb")
+    for unit in ("srd", "srd-failclosed"):
+        assert (node.show(unit, "UnitFileState"), node.show(unit, "ActiveState")) == ("disabled", "inactive")
+    assert node.run("stat", "-c", "%a", "/etc/srd") == "700\n"
+    assert node.run("srd", "version").startswith("srd ")
+    wrong = node.fails("srd", "check")
+    assert "/etc/srd/cluster.toml" in wrong.stderr
+
+
+def test_enabled_and_started_it_does_its_job_and_is_whole(node: Machine) -> None:
+    node.run("cp", "-a", "/root/redis-1/.", "/etc/srd/")
+    assert node.run("srd", "check") == "this node can run\n"
+    node.run("systemctl", "enable", "--now", "srd-failclosed", "srd")
+    node.wait(lambda: healthy(node), "it does its job")
+    assert set(pids(node)) == {"redis", "sentinel", "stunnel"}
+    # What root's Python has imported meanwhile has left nothing that the package does not know.
+    assert node.run("dpkg", "--verify", "srd") == ""
+    kept = set(node.run("dpkg", "--listfiles", "srd").splitlines())
+    assert set(node.run("find", "/usr/lib/srd").splitlines()) <= kept
+
+
+def test_an_upgrade_keeps_the_children_and_no_check_is_refused(node: Machine) -> None:
+    before, former = pids(node), node.show("srd", "MainPID")
+    with Checks(node) as checks:
+        apt(node, "install", "/root/next.deb")
+        node.wait(lambda: back(node, former), "the next srd does its job")
+    assert node.run("dpkg-query", "-W", "-f", "${Version}", "srd").startswith("1:")
+    assert pids(node) == before
+    assert len(checks.statuses) > checks.refused() == 0
+    assert node.show("srd", "UnitFileState") == "enabled"
+
+
+def test_it_is_not_removed_from_under_children_that_nobody_else_would_end(node: Machine) -> None:
+    before = pids(node)
+    node.run("srd", "stop", "--keep-data-path")
+    assert "run without a srd" in node.fails("dpkg", "--remove", "srd").stderr
+    node.run("systemctl", "start", "srd")
+    node.wait(lambda: healthy(node), "it does its job")
+    assert pids(node) == before
+
+
+def test_a_removal_stops_the_children_and_leaves_what_is_the_nodes(node: Machine) -> None:
+    before = pids(node)
+    said = apt(node, "remove", "srd")
+    assert "Removing srd" in said
+    assert not any(lives(node, pid) for pid in before.values())
+    assert node.fails("curl", "-s", URL).returncode == 7, "curl's for a connection that was refused"
+    assert node.show("srd", "LoadState") == "not-found"
+    assert node.fails("ls", "/usr/lib/srd", "/etc/systemd/system/multi-user.target.wants/srd.service")
+    assert "dump.rdb" in node.run("ls", "/var/lib/srd/redis")
+    assert "node.key" in node.run("ls", "/etc/srd")
+
+
+def test_a_purge_leaves_nothing_of_srd(node: Machine) -> None:
+    apt(node, "purge", "srd")
+    for path in (*STATE, "/run/srd", "/etc/logrotate.d/srd"):
+        assert node.fails("ls", path), path
