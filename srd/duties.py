@@ -132,8 +132,8 @@ class Duties:
             probes[Service.SENTINEL] = own.known
         probes[Service.STUNNEL] = lambda: probe_tls(
             listen_endpoints(self._config, self._node, Service.STUNNEL),
-            self._paths.config_dir / "tls.crt",
-            self._paths.config_dir / "ca.crt",
+            self._paths.bundle_file("tls.crt"),
+            self._paths.bundle_file("ca.crt"),
         )
         return probes
 

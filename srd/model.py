@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 import hmac
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
@@ -172,14 +173,23 @@ class Secrets:
     srd_password: Secret  # redis user `srd`, the only administrator
 
 
+# Of a node's bundle beside cluster.toml; what each is, srd/trust/bundle.py says.
+BUNDLE_FILES: Final = ("ca.crt", "node.crt", "node.key", "tls.crt", "tls.key", "secrets.toml")
+
+
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Where srd keeps what it is given (config), what it must keep (state), what a boot forgets (run), and logs."""
+    """Where srd keeps what it is given (config), what it must keep (state), what a boot forgets (run), and logs.
+
+    `credentials` are files of the bundle that the service manager hands over instead, by name. They are as they were
+    when this srd was started, and in no other process' sight: a child gets a copy, never their path.
+    """
 
     config_dir: Path
     state_dir: Path
     run_dir: Path
     log_dir: Path
+    credentials: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def cluster_file(self) -> Path:
@@ -191,9 +201,16 @@ class Paths:
         """Where the command line finds the daemon."""
         return self.run_dir / "control.sock"
 
+    def bundle_file(self, name: str) -> Path:
+        """Return where a file of this node's bundle is."""
+        return self.credentials.get(name, self.config_dir / name)
+
     def service_dir(self, service: Service) -> Path:
-        """Return the directory that belongs to a service's own user: its configuration and data."""
-        return self.state_dir / service
+        """Return the directory that belongs to a service's own user: its configuration and data.
+
+        stunnel keeps nothing: its copies of certificate and key are where a boot forgets them, in memory.
+        """
+        return (self.run_dir if service is Service.STUNNEL else self.state_dir) / service
 
     def log_file(self, service: Service) -> Path:
         """Return the file that a service's output is appended to."""

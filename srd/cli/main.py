@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import click
 
-from srd.model import Paths, SrdError
+from srd.model import BUNDLE_FILES, Paths, SrdError
 
 
 class Verb(NamedTuple):
@@ -81,7 +82,15 @@ def _directory(name: str, default: str, text: str) -> click.Option:
 
 
 def _remember_paths(config_dir: Path, state_dir: Path, run_dir: Path, log_dir: Path) -> None:
-    click.get_current_context().obj = Paths(config_dir, state_dir, run_dir, log_dir)
+    click.get_current_context().obj = Paths(config_dir, state_dir, run_dir, log_dir, _credentials())
+
+
+def _credentials() -> dict[str, Path]:
+    """Return the files of the bundle that the service manager hands over (systemd.exec(5), LoadCredential=)."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        return {}
+    return {name: path for name in BUNDLE_FILES if (path := Path(directory) / name).exists()}
 
 
 srd = click.version_option(package_name="srd", message="srd %(version)s")(

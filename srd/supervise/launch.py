@@ -44,7 +44,7 @@ class Launcher:
         """Whether the bundle has another certificate, key or authority than stunnel was started with."""
         directory = self._paths.service_dir(Service.STUNNEL)
         try:
-            given = [(self._paths.config_dir / name).read_bytes() for name in TLS_FILES]
+            given = [self._paths.bundle_file(name).read_bytes() for name in TLS_FILES]
             owner = programs.owner_of(self._config, Service.STUNNEL)
             return given != owner.do(lambda: [(directory / name).read_bytes() for name in TLS_FILES])
         except (OSError, SrdError):
@@ -125,7 +125,7 @@ class Launcher:
     def _write_tls(self, owner: Owner) -> None:
         directory = self._paths.service_dir(Service.STUNNEL)
         for name in TLS_FILES:
-            source = self._paths.config_dir / name
+            source = self._paths.bundle_file(name)
             try:
                 content = source.read_bytes()
             except OSError as error:

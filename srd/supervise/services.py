@@ -109,6 +109,7 @@ class Services:
         self._undecided: dict[Service, Record] = {}  # recorded children that were not told alive or gone so far
         self._complained: set[Service] = set()
         self._looked = False
+        self._adopted_stunnel = False  # and nobody has compared its certificate with the bundle's yet
         self._initialized = False
         self._ending = False
         self._one_pass = asyncio.Lock()
@@ -121,14 +122,16 @@ class Services:
         """
         self._config = config
         self._launcher.adopt(config)
-        stunnel = self._processes.get(Service.STUNNEL)
-        if stunnel is None or not await asyncio.to_thread(self._launcher.tls_differs):
-            return
         async with self._one_pass:
-            if stunnel.state in RUNNING:
-                await asyncio.to_thread(self._launcher.write_tls)
-                await stunnel.hang_up(HANG_UP_SECONDS)
-                log.info("stunnel has taken a new certificate in")
+            await self._take_certificate_in()
+
+    async def _take_certificate_in(self) -> None:
+        stunnel = self._processes.get(Service.STUNNEL)
+        if stunnel is None or stunnel.state not in RUNNING or not await asyncio.to_thread(self._launcher.tls_differs):
+            return
+        await asyncio.to_thread(self._launcher.write_tls)
+        await stunnel.hang_up(HANG_UP_SECONDS)
+        log.info("stunnel has taken a new certificate in")
 
     async def run(self) -> None:
         """Probe the children until cancelled; they live on."""
@@ -142,6 +145,7 @@ class Services:
             if self._ending:
                 return
             await self._find_children()
+            await self._review_adopted()
             start = self._start()
             wanted = desired.services(self._situation(), start)
             for service, process in self._processes.items():
@@ -265,6 +269,17 @@ class Services:
             log.info("a child runs with other arguments than it would get now", service=record.service)
         running = Running(record.pid, pidfd, started=record.started, restarts=record.restarts, adopted=True)
         self._processes[record.service].adopt(running)
+        self._adopted_stunnel |= record.service is Service.STUNNEL
+
+    async def _review_adopted(self) -> None:
+        """Have a stunnel that an earlier srd started take in what has changed in the bundle since."""
+        if not self._adopted_stunnel:
+            return
+        self._adopted_stunnel = False
+        try:
+            await self._take_certificate_in()
+        except SrdError as error:
+            log.warning("stunnel goes on with its former certificate", error=str(error))
 
     def _undecided_reason(self, service: Service) -> str | None:
         record = self._undecided.get(service)

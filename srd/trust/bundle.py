@@ -8,6 +8,8 @@
 
 A client has neither of the last two: nobody connects to it, and it administers nothing. Files that hold a secret are
 0600. The authority's key is in no bundle: it stays where `srd init` ran.
+
+On the node, all but cluster.toml may come from the service manager instead (LoadCredential=, `Paths.credentials`).
 """
 
 from __future__ import annotations
@@ -142,17 +144,16 @@ def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
     Raises `ConfigError` with the file, what is wrong with it and what to do.
     """
     config = load_config(paths.cluster_file)
-    directory = paths.config_dir
-    authority = _certificate(directory / "ca.crt")
-    node_certificate, node_key = _pair(directory, "node", authority, now)
+    authority = _certificate(paths.bundle_file("ca.crt"))
+    node_certificate, node_key = _pair(paths, "node", authority, now)
     certificates = {"ca": authority, "node": node_certificate}
-    path = directory / "node.crt"
+    path = paths.bundle_file("node.crt")
     identity = _identity(node_certificate, path)
     config, node = _member(config, identity, str(path))
     passwords = None
     if node.kind is not NodeKind.CLIENT:
-        passwords = _secrets(directory / "secrets.toml")
-        certificates["tls"], _ = _pair(directory, "tls", authority, now)
+        passwords = _secrets(paths.bundle_file("secrets.toml"))
+        certificates["tls"], _ = _pair(paths, "tls", authority, now)
     return Bundle(
         config=config,
         node=node,
@@ -169,7 +170,7 @@ def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
 
 def load_member(paths: Paths, cluster_file: Path) -> tuple[Config, Node]:
     """Read a cluster.toml, and which of its nodes this is by the certificate, whether that is valid now or not."""
-    path = paths.config_dir / "node.crt"
+    path = paths.bundle_file("node.crt")
     return _member(load_config(cluster_file), _identity(_certificate(path), path), str(path))
 
 
@@ -208,10 +209,10 @@ def _member(config: Config, identity: Identity, path: str) -> tuple[Config, Node
 
 
 def _pair(
-    directory: Path, name: str, authority: x509.Certificate, now: datetime.datetime
+    paths: Paths, name: str, authority: x509.Certificate, now: datetime.datetime
 ) -> tuple[x509.Certificate, Secret]:
-    certificate = _certificate(directory / f"{name}.crt")
-    path = str(directory / f"{name}.crt")
+    file = paths.bundle_file(f"{name}.crt")
+    certificate, path = _certificate(file), str(file)
     if not issued_by(certificate, authority):
         raise ConfigError("use", path, "another authority issued it, not ca.crt", "take all files of one bundle")
     if now < certificate.not_valid_before_utc:
@@ -220,7 +221,7 @@ def _pair(
     if now >= certificate.not_valid_after_utc:
         reason = f"it expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
         raise ConfigError("use", path, reason, "issue a new one, or check this machine's clock")
-    key_path = directory / f"{name}.key"
+    key_path = paths.bundle_file(f"{name}.key")
     pem = _private(key_path)
     try:
         secret = Secret(pem.decode("ascii"))

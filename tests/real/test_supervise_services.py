@@ -215,7 +215,8 @@ async def test_secrets_are_in_private_files_only() -> None:
             ]
             for pid in node.pids().values():
                 assert not any(secret in shown_to_all(pid) for secret in secrets)
-            files = [path for path in member.paths.state_dir.rglob("*") if path.is_file()]
+            directories = [member.paths.service_dir(service) for service in Service]
+            files = [path for directory in directories for path in directory.rglob("*") if path.is_file()]
             assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
             holders = {path.name for path in files if any(secret in path.read_bytes() for secret in secrets)}
             assert holders == {"redis.conf", "sentinel.conf"}
@@ -369,7 +370,7 @@ async def test_a_random_walk_always_ends_with_everything_ready_once_each() -> No
 
 async def counts_one_of_each(member: Member) -> bool:
     """Whether exactly one process was started from each configuration file of this node."""
-    return processes_below(member.paths.state_dir) == len(Service)
+    return processes_below(member.paths.state_dir.parent) == len(Service)
 
 
 async def test_cancelling_a_pass_loses_no_child() -> None:
