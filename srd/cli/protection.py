@@ -39,7 +39,7 @@ def teardown_command(paths: Paths) -> None:
 
 
 def _refuse_beside_srd(paths: Paths, operation: str) -> None:
-    from srd.supervise.programs import listener_of  # noqa: PLC0415 - as above, for msgspec
+    from srd.supervise.listener import listener_of  # noqa: PLC0415 - as above, for msgspec
 
     if is_answered(paths.control_socket) or listener_of(KEYING_PORT) is not None:
         raise RefusedError(operation, "", "srd is running", "stop it first: systemctl stop srd")
@@ -47,7 +47,7 @@ def _refuse_beside_srd(paths: Paths, operation: str) -> None:
 
 async def _teardown(paths: Paths) -> str:
     from srd.ipsec import backstop, encap, teardown, xfrm  # noqa: PLC0415 - as above
-    from srd.supervise.programs import listener_of  # noqa: PLC0415 - as above, for msgspec
+    from srd.supervise.listener import listener_of  # noqa: PLC0415 - as above, for msgspec
 
     _refuse_beside_srd(paths, _OPERATION)
     async with xfrm.XfrmSocket() as kernel:

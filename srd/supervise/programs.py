@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
 from srd.cluster import Config, Node
-from srd.model import SYSTEM_PATH, ConfigError, Endpoint, IpAddress, Paths, PermissionRefusedError, Service, SrdError
+from srd.model import SYSTEM_PATH, ConfigError, Endpoint, Paths, PermissionRefusedError, Service, SrdError
 from srd.state import services_of
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
 from srd.supervise.files import Owner, find_owner
+from srd.supervise.listener import HIDDEN, listener_of
 
 _OTHER_NAMES: Final = {
     # One binary that goes by its argv[0]; Debian's redis-tools has it, under this name only.
@@ -29,8 +28,6 @@ _OTHER_NAMES: Final = {
 _PACKAGES: Final = {Service.REDIS: "redis-tools", Service.SENTINEL: "redis-tools", Service.STUNNEL: "stunnel4"}
 
 LOCALHOST: Final = IPv4Address("127.0.0.1")
-_PROC: Final = Path("/proc")
-_TCP_LISTEN: Final = "0A"  # net/tcp_states.h, as /proc/net/tcp prints it
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,48 +139,12 @@ def check_endpoint(endpoint: Endpoint) -> SrdError | None:
 
 def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
     if error.errno == errno.EADDRINUSE:
-        who = listener_of(endpoint.port) or "another program"
-        return ConfigError("listen on", str(endpoint), f"{who} does already, and srd did not start it", "stop it")
+        found = listener_of(endpoint.port)
+        who, remedy = (found, found.remedy) if found is not None else (HIDDEN, HIDDEN.remedy)
+        return ConfigError("listen on", str(endpoint), f"{who} does already, and srd did not start it", remedy)
     if error.errno == errno.EADDRNOTAVAIL:
         remedy = "give the interface this address, or correct cluster.toml"
         return ConfigError("use", str(endpoint.address), "this machine does not have the address", remedy)
     if error.errno == errno.EACCES:
         return PermissionRefusedError("listen on", str(endpoint), "the port is privileged", "start srd as root")
     return SrdError("listen on", str(endpoint), error.strerror or str(error))
-
-
-def listener_of(port: int, *, for_others: bool = False) -> str | None:
-    """Return «pid 12 (name)» of who listens on a TCP port, «another program» if that is hidden, None if nobody does.
-
-    `for_others` leaves out who can be reached from this machine only, on a loopback address.
-    """
-    rows = [row for table in ("tcp", "tcp6") for row in _listening(table, port)]
-    inodes = {f"socket:[{inode}]" for address, inode in rows if not (for_others and address.is_loopback)}
-    if not inodes:
-        return None
-    for process in sorted(_PROC.glob("[0-9]*")):
-        # Processes end while they are looked at, and other users' descriptors are theirs.
-        with contextlib.suppress(OSError):
-            for descriptor in (process / "fd").iterdir():
-                if str(descriptor.readlink()) in inodes:
-                    return f"pid {process.name} ({(process / 'comm').read_text().strip()})"
-    return "another program"
-
-
-def _listening(table: str, port: int) -> list[tuple[IpAddress, str]]:
-    """Return address and inode of each socket that listens on the port."""
-    try:
-        lines = (_PROC / "net" / table).read_text(encoding="ascii").splitlines()[1:]
-    except FileNotFoundError:  # a kernel without IPv6
-        return []
-    rows = [line.split() for line in lines]
-    ends = ((*row[1].split(":"), row[9]) for row in rows if row[3] == _TCP_LISTEN)
-    return [(_proc_address(address), inode) for address, number, inode in ends if int(number, 16) == port]
-
-
-def _proc_address(text: str) -> IpAddress:
-    """Read an address as /proc/net/tcp has it: words of 32 bits, each in the order of bytes of this machine."""
-    words = [int(text[start : start + 8], 16).to_bytes(4, sys.byteorder) for start in range(0, len(text), 8)]
-    address = ip_address(b"".join(words))
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address

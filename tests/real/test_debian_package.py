@@ -14,6 +14,13 @@ from support.machine import CHECKOUT, Machine, machine
 from support.unit import URL, Checks, back, healthy, lives, pids
 
 STATE = ("/etc/srd", "/var/lib/srd", "/var/log/srd")
+FOREIGN_REDIS = """
+[Service]
+User=redis
+ExecStart=@/usr/bin/redis-check-rdb redis-server --port 6379 --bind 127.0.1.1 --dir /tmp
+[Install]
+WantedBy=multi-user.target
+"""
 BUILD_SECONDS = 300.0
 
 # Each test goes on where the one before has left the machine, as the life of an installation does.
@@ -73,8 +80,24 @@ def test_an_installation_enables_and_starts_nothing(node: Machine) -> None:
     assert "/etc/srd/cluster.toml" in wrong.stderr
 
 
-def test_enabled_and_started_it_does_its_job_and_is_whole(node: Machine) -> None:
+def test_a_service_that_holds_a_port_is_named_with_the_way_to_be_rid_of_it(node: Machine) -> None:
     node.run("cp", "-a", "/root/redis-1/.", "/etc/srd/")
+    node.write("/etc/systemd/system/redis-server.service", FOREIGN_REDIS)
+    node.run("systemctl", "daemon-reload")
+    node.run("systemctl", "enable", "--now", "redis-server")
+    pid = node.show("redis-server", "MainPID")
+    node.wait(lambda: node.run("ss", "-Hltn", "sport = :6379") != "", "it listens")
+    complaint = node.fails("srd", "check").stderr
+    assert f"pid {pid} (redis-check-rdb of redis-server.service) does already" in complaint
+    # srd itself, as its unit, may see no other user's descriptors; it says the same.
+    node.run("systemctl", "start", "srd", check=False)
+    assert f"pid {pid} (redis-check-rdb of redis-server.service)" in node.run("journalctl", "--no-pager", "--unit", "srd")
+    _, _, remedy = complaint.strip().rpartition("; ")
+    assert remedy == "systemctl disable --now redis-server"
+    node.run(*remedy.split())
+
+
+def test_enabled_and_started_it_does_its_job_and_is_whole(node: Machine) -> None:
     assert node.run("srd", "check") == "this node can run\n"
     node.run("systemctl", "enable", "--now", "srd-failclosed", "srd")
     node.wait(lambda: healthy(node), "it does its job")

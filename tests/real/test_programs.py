@@ -18,6 +18,7 @@ from support.nodes import free_ports, world
 from srd.cluster import Config
 from srd.config import parse_config
 from srd.model import ConfigError, Endpoint, PermissionRefusedError, Service
+from srd.supervise.listener import listener_of
 from srd.supervise.programs import (
     _explain,
     check_endpoint,
@@ -25,7 +26,6 @@ from srd.supervise.programs import (
     check_programs,
     find_program,
     listen_endpoints,
-    listener_of,
 )
 
 OWN_NAME = pwd.getpwuid(os.geteuid()).pw_name
@@ -170,8 +170,8 @@ def test_a_listener_on_loopback_is_nothing_that_others_reach(address: str, *, fo
         listener.listen()
         port = listener.getsockname()[1]
         mine = f"pid {os.getpid()} "
-        assert (listener_of(port) or "").startswith(mine)
-        assert (listener_of(port, for_others=True) or "").startswith(mine) == for_others
+        assert str(listener_of(port)).startswith(mine)
+        assert str(listener_of(port, for_others=True)).startswith(mine) == for_others
 
 
 def test_a_listener_on_another_address_is_not_in_the_way() -> None:
