@@ -45,6 +45,7 @@ from srd.reconcile import Loop, boottime, contained, until_first
 from srd.roster import Roster
 from srd.state import Situation, Store
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
+from srd.supervise.orphans import collect_orphans
 from srd.systemd import FdStore, Notifier, handed_over, own_unit, restarting
 from srd.trust.authority import identify
 from srd.trust.bundle import load_bundle
@@ -163,6 +164,8 @@ class Daemon:
                 partial(self._reload_on_hangup, keying),
                 self._clients_loop(keying).run,
             ]
+            if os.getpid() == 1:
+                bodies.append(collect_orphans)
             with self._signals():
                 await until_first(*bodies)
 
