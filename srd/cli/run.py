@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sys
 
 import click
@@ -16,6 +17,9 @@ from srd.model import Paths
 @click.pass_obj
 def run_command(paths: Paths) -> None:
     """Run this node: protect its traffic, start redis, sentinel and stunnel, and keep it all true until SIGTERM."""
+    # Until the daemon takes the signals over there is nothing to be stopped in order. Without a handler the first
+    # process of a container would not even notice a SIGTERM, and be killed when its time is up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     from srd.daemon import run  # noqa: PLC0415 - the whole program: 0.5 s, and every other verb goes without
 
     configure_logging()

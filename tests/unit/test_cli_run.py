@@ -1,11 +1,17 @@
-"""The daemon's own log."""
+"""The daemon's own log, and its end before it has begun."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -58,3 +64,23 @@ def test_off_a_terminal_every_event_is_one_json_line(monkeypatch: pytest.MonkeyP
     (line,) = screen.getvalue().splitlines()
     entry = json.loads(line)
     assert (entry["event"], entry["node"], entry["level"]) == ("two\nlines", "redis-1", "info")
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    (caught,) = re.findall(r"^SigCgt:\t(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) & 1 << (number - 1))
+
+
+def test_a_stop_before_anything_was_started_is_a_stop(tmp_path: Path) -> None:
+    """By a handler: the kernel gives process 1 of a container no signal that it has none for."""
+    os.mkfifo(tmp_path / "cluster.toml")  # srd reads it until it is stopped
+    command = [sys.executable, "-m", "srd", "--config-dir", str(tmp_path), "run"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as srd:
+        deadline = time.monotonic() + 20
+        while not catches(srd.pid, signal.SIGTERM):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        srd.send_signal(signal.SIGTERM)
+        said = srd.communicate(timeout=20)[1]
+    assert (srd.returncode, said) == (0, "")
