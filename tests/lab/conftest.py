@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.lab import CAPTURE, HERE, Lab
+from support.lab import Lab, bring_up, capturing
 
 # Tests that need the lab before the cluster, and those that judge all the others.
 FIRST, LAST = "before_the_cluster", "after_everything"
@@ -23,14 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def wire() -> Iterator[Path]:
-    subprocess.run(["wire", "start", str(CAPTURE)], check=True)
-    return CAPTURE
+def wire() -> Path:
+    return capturing()
 
 
 @pytest.fixture(scope="session")
 def lab(wire: Path) -> Lab:  # noqa: ARG001 - the capture begins before the cluster
     """The cluster, up and whole."""
-    done = subprocess.run([str(HERE / "cluster"), "up"], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    bring_up()
     return Lab()

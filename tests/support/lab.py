@@ -120,6 +120,28 @@ class Lab:
         return int(Path(f"/run/lab/srd-{node}.pid").read_text())
 
 
+def capturing() -> Path:
+    """Begin the capture of the wire; return where it goes."""
+    subprocess.run(["wire", "start", str(CAPTURE)], check=True)
+    return CAPTURE
+
+
+def bring_up() -> None:
+    """Start the cluster; return when it is whole."""
+    done = subprocess.run([str(HERE / "cluster"), "up"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def no_plaintext(capture: Path) -> None:
+    """End the capture, in which every packet between two nodes must be in ESP."""
+    subprocess.run(["wire", "stop"], check=True)
+    found = subprocess.run(["wire", "plaintext", str(capture), "-v"], check=False, capture_output=True, text=True)
+    esp = subprocess.run(["tcpdump", "-nr", str(capture), "esp"], check=True, capture_output=True, text=True)
+    print(f"\n{esp.stdout.count('ESP')} packets in ESP; in plaintext: {found.stdout.strip()}")  # noqa: T201
+    assert esp.stdout.count("ESP") > 1000
+    assert found.stdout.split()[0] == "0", found.stdout
+
+
 def xfrm(lab: Lab, node: str, what: str) -> str:
     return lab.on(node, "ip", "xfrm", what).stdout
 
