@@ -55,6 +55,12 @@ test-here: venv
 test-lab: venv
 	LAB_BARE=1 tests/lab/boot tests/lab/suite
 
+.PHONY: image-test
+image-test: venv  ## the Dockerfile: built without a registry of images (as root), and run by podman in the lab
+	@tests/packages image
+	tests/image/build
+	LAB_BARE=1 tests/lab/boot tests/image/suite
+
 .PHONY: bench
 bench: venv  ## speed and size, each figure a ratio within one run
 	$(BIN)/pytest -q -s tests/bench
