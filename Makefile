@@ -28,7 +28,7 @@ demo: venv  ## show what srd does, on a kernel of its own; ONCE=1 ends it with t
 	@LAB_PROGRESS=1 LAB_HTTP=1 LAB_ONCE=$(ONCE) tests/lab/boot tests/lab/demo
 
 .PHONY: lab
-lab: venv  ## a cluster in the lab: SCRIPT=path runs it inside, without it a shell; NODES=3
+lab: venv  ## a cluster in the lab: SCRIPT=path runs it inside, without it a shell; NODES=3, or KERNELS=3
 	@tests/lab/boot $(SCRIPT)
 
 .PHONY: deb
@@ -54,6 +54,7 @@ test-here: venv
 .PHONY: test-lab
 test-lab: venv
 	LAB_BARE=1 tests/lab/boot tests/lab/suite
+	KERNELS=3 LAB_BARE=1 tests/lab/boot tests/lab/suite
 
 .PHONY: image-test
 image-test: venv  ## the Dockerfile: built without a registry of images (as root), and run by podman in the lab
@@ -65,6 +66,7 @@ image-test: venv  ## the Dockerfile: built without a registry of images (as root
 bench: venv  ## speed and size, each figure a ratio within one run
 	$(BIN)/pytest -q -s tests/bench
 	tests/lab/boot tests/bench/esp
+	KERNELS=3 LAB_SRD_KILLS=50 LAB_POWER_CUTS=3 LAB_CERT_RELOADS=100 LAB_BARE=1 tests/lab/boot tests/lab/suite -q -s
 	LAB_REKEYS=100 LAB_BARE=1 tests/lab/boot tests/lab/suite -q -s -k "two_thousand_packets or no_packet_between_nodes"
 
 .PHONY: requirements

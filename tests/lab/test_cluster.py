@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import random
@@ -13,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.lab import FAMILIES, HERE, Lab, edited, no_plaintext, pinging, spis, xfrm, xfrm_errors
+from support.lab import FAMILIES, HERE, Lab, edited, pinging, spis, xfrm
 
 PASSWORD = Path("/run/lab/redis_password")
 SERVICES = ("redis", "sentinel", "stunnel")
@@ -314,25 +313,3 @@ def test_a_node_that_is_cut_off_is_back_by_itself(lab: Lab) -> None:
     lab.wait(lambda: lab.srd(peer, "status")["health"] != "ok", "the others notice")
     subprocess.run(["ip", "link", "set", f"w-{node}", "up"], check=True)
     lab.wait_whole()
-
-
-@pytest.mark.after_everything
-def test_every_error_counter_of_xfrm_is_explained(lab: Lab) -> None:
-    """Dropped for want of keys, or refused to outsiders; never a failed integrity check or a lost sequence."""
-    explained = {
-        "XfrmOutNoStates",  # a policy without keys: at the start
-        "XfrmInPolBlock",  # an outsider spoke to redis or sentinel: `Lab.reaches`
-        "XfrmOutPolBlock",
-        "XfrmInNoStates",  # a peer sent under keys that this node no longer had
-    }
-    for node in lab.nodes:
-        counted = collections.Counter(xfrm_errors(lab, node)) - lab.excused[node]
-        print(f"\n{node}: {counted}")  # noqa: T201 - figures for people
-        assert not counted.keys() - explained, counted
-
-
-@pytest.mark.after_everything
-def test_no_packet_between_nodes_was_in_plaintext(lab: Lab, wire: Path) -> None:
-    """Over bring-up, failovers, deaths, rejoins and a stop: the whole run."""
-    del lab
-    no_plaintext(wire)

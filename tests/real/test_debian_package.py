@@ -91,7 +91,9 @@ def test_a_service_that_holds_a_port_is_named_with_the_way_to_be_rid_of_it(node:
     assert f"pid {pid} (redis-check-rdb of redis-server.service) does already" in complaint
     # srd itself, as its unit, may see no other user's descriptors; it says the same.
     node.run("systemctl", "start", "srd", check=False)
-    assert f"pid {pid} (redis-check-rdb of redis-server.service)" in node.run("journalctl", "--no-pager", "--unit", "srd")
+    assert f"pid {pid} (redis-check-rdb of redis-server.service)" in node.run(
+        "journalctl", "--no-pager", "--unit", "srd"
+    )
     _, _, remedy = complaint.strip().rpartition("; ")
     assert remedy == "systemctl disable --now redis-server"
     node.run(*remedy.split())

@@ -1,4 +1,4 @@
-"""Runs commands in another kernel of the lab, as ssh would: input, both outputs, signals, a terminal, and the exit status.
+"""Runs commands in another kernel of the lab, as ssh would: input, both outputs, signals, a terminal, exit status.
 
     remote.py serve ADDRESS                  takes one command for each connection
     remote.py run ADDRESS COMMAND...         is what `on` becomes
@@ -6,8 +6,8 @@
 ssh itself is no part of a machine that the lab can count on, and a second of handshakes for each command here. Who may
 connect is decided by the wire: there is none but the lab's own management network.
 
-A connection carries a line of JSON, the request, and then frames both ways: one byte that says what it is, the length in four, and
-the bytes.
+A connection carries a line of JSON, the request, and then frames both ways: one byte that says what it is, the length
+in four, and the bytes.
 """
 
 # ruff: noqa: T201 - what it cannot do is said on standard error
@@ -103,7 +103,7 @@ def _run(channel: Channel, request: dict[str, Any]) -> None:
         (source, feed), (output, out), (errors, err) = os.pipe(), os.pipe(), os.pipe()
         theirs = (source, out, err)
         ours |= {output: OUTPUT, errors: ERROR}
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(
         request["command"],
         stdin=theirs[0],
         stdout=theirs[1],

@@ -1,0 +1,104 @@
+"""Machines that lose their power, are switched off or rebooted in order, or come up without srd.
+
+How many lose their power, one after the other, is said by LAB_POWER_CUTS.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from support.lab import PATIENCE_SECONDS
+from support.machines import SERVICES, Machines, writing
+
+CUTS = int(os.environ.get("LAB_POWER_CUTS", "1"))
+CUT_SECONDS = 120  # with what follows it
+
+
+def others_serve(lab: Machines, node: str) -> bool:
+    primaries = lab.primaries()
+    return len(primaries) == 1 and node not in primaries
+
+
+def replica(lab: Machines) -> str:
+    return next(node for node in reversed(lab.nodes) if node != lab.primary())
+
+
+def ended(lab: Machines, node: str) -> list[str]:
+    """Return the children that ended last before the boot that this one is, in their order."""
+    lines = lab.journal(node, "--boot=-1")
+    return [line["service"] for line in lines if line["event"] == "child ended"][-len(SERVICES) :]
+
+
+@pytest.mark.timeout(300 + CUTS * CUT_SECONDS)
+def test_a_machine_loses_its_power_and_boots_and_no_confirmed_write_is_lost(lab: Machines) -> None:
+    lab.wait_whole()
+    figures = []
+    first = lab.nodes.index(lab.primary())
+    with writing() as (client, written):
+        for number in range(CUTS):
+            node = lab.nodes[(first + number) % len(lab.nodes)]
+            role, boot = "primary" if lab.primary() == node else "replica", lab.boots(node)
+            lab.power("cut", node)
+            began = time.monotonic()
+            before = client.ask("count")
+            lab.wait(lambda node=node: others_serve(lab, node), "the others have a primary")
+            lab.wait(lambda before=before: client.ask("count") > before, "writes are confirmed without it")
+            served = time.monotonic() - began
+            lab.power("on", node)
+            up = time.monotonic()
+            assert lab.boots(node) != boot
+            lab.wait_whole()
+            figures.append(
+                f"{node}, {role}: confirmed writes {served:.1f} s after the cut, "
+                f"whole {time.monotonic() - up:.1f} s after it answered again"
+            )
+        missing = client.ask("missing")
+    print("", *figures, f"{written.figures}, missing {len(missing)}", sep="\n")  # noqa: T201 - figures for people
+    assert missing == []
+    assert written.acknowledged > 50 * CUTS
+
+
+def test_a_machine_that_is_off_comes_up_closed_and_stays_closed_without_srd(lab: Machines) -> None:
+    lab.wait_whole()
+    node, peer = replica(lab), lab.primary()
+    assert lab.reaches(node, peer, 6379)
+    lab.on(node, "systemctl", "disable", "srd")
+    lab.on(node, "systemctl", "poweroff", check=False)
+    lab.wait_off(node)
+    lab.power("on", node)
+    lab.wait(lambda: lab.booted(node), "it is up, without srd")
+    assert lab.show(node, "ActiveState") == ("inactive",)
+    closed = lab.moment(node, "srd-failclosed", "ActiveEnter")
+    assert 0 < closed < lab.moment(node, "network", "InactiveExit"), "closed before it has an address"
+    assert lab.on(node, "ping", "-c", "3", "-W", "1", lab.address(peer), check=False).returncode != 0
+    assert not lab.reaches(node, peer, 6379)
+    assert lab.on(node, "ping", "-c", "1", lab.address("client")).returncode == 0, "whoever is no node is reached"
+    assert sorted(ended(lab, node)) == sorted(SERVICES)
+
+    lab.on(node, "systemctl", "enable", "--now", "--no-block", "srd")
+    lab.wait_whole()
+    assert lab.reaches(node, peer, 6379)
+
+
+def test_a_primary_that_is_rebooted_ends_its_children_in_order_and_joins_by_itself(lab: Machines) -> None:
+    lab.wait_whole()
+    node = lab.primary()
+    boot, redis = lab.boots(node), lab.pids(node)["redis"]
+    with writing() as (client, written):
+        lab.on(node, "systemctl", "reboot", check=False)
+        lab.wait(lambda: answer(lab, node) not in ("", boot), "it has booted again", 2 * PATIENCE_SECONDS)
+        lab.wait_whole()
+        missing = client.ask("missing")
+    last = ended(lab, node)
+    assert sorted(last) == sorted(SERVICES)
+    assert last[-1] == "redis", last
+    assert f"{redis}:M" in (log := lab.on(node, "cat", "/var/log/srd/redis.log").stdout)
+    assert any(line.startswith(f"{redis}:") and "bye bye" in line for line in log.splitlines()), "it has saved"
+    print(f"\n{written.figures}, missing {len(missing)}")  # noqa: T201 - figures for people
+    assert missing == []
+
+
+def answer(lab: Machines, node: str) -> str:
+    return lab.on(node, "cat", "/proc/sys/kernel/random/boot_id", check=False).stdout.strip()
