@@ -58,6 +58,9 @@ VERSION: Final = version("srd")
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 STATUS_SECONDS: Final = 2.0
+# For how long a balancer's check waits for an srd that has taken over to know its node. A no that it hears twice cuts
+# the clients' connections, and 0.1 s of `starting` (1 s on a slow machine) is enough for that.
+KNOWING_SECONDS: Final = 2.0
 CLIENTS_RESYNC_SECONDS: Final = 60.0
 LONGEST_WAIT_SECONDS: Final = 86400.0
 # Between the wish to keep the children and the stop that follows; a stop at any other time is not meant by it.
@@ -91,6 +94,7 @@ class Daemon:
         self._sockets = Listeners("http", fds, backlog=BACKLOG)  # while srd is away a check waits in them
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
+        self._known = asyncio.Event()
         self._keep_until = 0.0  # a stop before this moment leaves the children running
         self._changing = asyncio.Lock()  # held by whatever changes who is in the cluster
         self._admitting = asyncio.Lock()
@@ -133,7 +137,9 @@ class Daemon:
                 await self._protection.stand()
                 installer = self._protection.mesh
                 bodies += self._protection.bodies
-            web = WebServer(self.situation, version=VERSION, loops=self._loops)
+            web = WebServer(self.situation, version=VERSION, loops=self._loops, known=self._known)
+            if self._duties is None or not self._sockets.endpoints:
+                self._known.set()  # nobody was here before, whose word would be taken back
             stack.callback(self._sockets.release)
             await web.start(self._sockets)
             stack.push_async_callback(web.stop)
@@ -309,6 +315,10 @@ class Daemon:
             await self._duties.ready()
         self._notifier.send("READY=1")
         log.info("ready", node=self._node.name, cluster=self._config.cluster, version=VERSION)
+        if not self._known.is_set():
+            with contextlib.suppress(TimeoutError):
+                await self._store.wait_for(lambda _: health.readiness(self.situation()).ok, KNOWING_SECONDS)
+            self._known.set()
         watchdog = self._notifier.watchdog_seconds
         # A third of what the manager waits for: two may be late.
         pause = STATUS_SECONDS if watchdog is None else min(STATUS_SECONDS, watchdog / 3)

@@ -1,7 +1,8 @@
 """The HTTP server on :8080: health for balancers, state for people, metrics for Prometheus. It changes nothing.
 
 Every answer is made from one snapshot, without I/O, so nothing that is stuck can delay it. The sockets are bound before
-any child is started and answer 503 `starting` until there is something better to say.
+any child is started and answer 503 `starting` until there is something better to say. Where an earlier srd has answered
+before, checks wait until it is `known` again what this node is.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ class WebServer:
         loops: Callable[[], tuple[Loop, ...]] = _no_loops,
         timeouts: Timeouts | None = None,
         liveness_seconds: float = LIVENESS_SECONDS,
+        known: asyncio.Event | None = None,
     ) -> None:
         self._situation = situation
+        self._known = known
         self._version = version
         self._loops = loops
         self._timeouts = timeouts or Timeouts()
@@ -114,6 +117,8 @@ class WebServer:
             request.protocol.request_read()
         started = time.monotonic()
         path = request.rel_url.path
+        if self._known is not None and path in health.CHECK_PATHS:
+            await self._known.wait()
         status, content_type, body = self._answer(request, path)
         known = path if status not in (web.HTTPNotFound.status_code, web.HTTPMethodNotAllowed.status_code) else "other"
         self._requests[known, status] += 1

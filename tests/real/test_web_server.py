@@ -116,6 +116,19 @@ async def test_checks_answer_as_the_situation_says() -> None:
         assert (await ask(port, "/replica?lag=lots"))[0] == 400
 
 
+async def test_checks_wait_until_it_is_known_what_the_node_is_and_nothing_else_does() -> None:
+    port, known = free_port(loopback(1)), asyncio.Event()
+    now = here(primary_situation(), port)
+    async with started(WebServer(lambda: now, version="0.1.0", known=known)):
+        check = asyncio.create_task(ask(port, "/primary"))
+        for path in ("/liveness", "/srd", "/metrics"):
+            assert (await ask(port, path))[0] == 200
+        assert not check.done()
+        known.set()
+        async with asyncio.timeout(PATIENCE):
+            assert (await check)[0] == 200
+
+
 async def test_head_and_options_have_no_body() -> None:
     async with serving(primary_situation()) as (_, port):
         _, _, body = await ask(port, "/primary")
