@@ -8,7 +8,7 @@ from typing import Final
 
 from srd.cluster import MIN_REPLICAS_MAX_LAG, Node
 from srd.model import IpsecMode, NodeKind, Role
-from srd.state import ChildState, Situation, Symptom, services_of
+from srd.state import ChildState, DiskTrouble, Situation, Symptom, services_of
 
 # A link that is being keyed for the first time takes about a second in production and some in a slow lab.
 CHANNEL_HOLD_SECONDS: Final = 5.0
@@ -39,6 +39,8 @@ class Code(enum.StrEnum):
     CHILD_SILENT = "child_silent"
     CHILD_FLAPPING = "child_flapping"
     CHILD_WAITING = "child_waiting"
+    DISK_TROUBLE = "disk_trouble"
+    SAVING_FAILS = "saving_fails"
     NO_MAJORITY = "no_majority"
     NO_SUCCESSOR = "no_successor"
     WRITES_REFUSED = "writes_refused"
@@ -51,6 +53,14 @@ _SYMPTOMS: Final = {
     Symptom.HUNG: "no answer: it hangs; srd ends it and starts it again",
     Symptom.STOPPED: "no answer: it was stopped by a signal; srd continues it",
     Symptom.TRACED: "no answer: a debugger holds it; srd waits",
+}
+
+
+_DISKS: Final = {
+    DiskTrouble.FULL: "its file system is full: less than 16 MiB are left; make room",
+    DiskTrouble.NO_INODES: "its file system can hold no more files; make room",
+    DiskTrouble.READ_ONLY: "its file system is read-only: see the kernel's log; srd, if started on it, needs a restart",
+    DiskTrouble.GONE: "it cannot be looked into; is its file system mounted?",
 }
 
 
@@ -96,7 +106,12 @@ def _ipsec_conditions(s: Situation) -> list[Condition]:
 
 
 def _service_conditions(s: Situation) -> list[Condition]:
-    found = []
+    found = [
+        Condition(Code.DISK_TROUBLE, Severity.CRITICAL, path, _DISKS[trouble]) for path, trouble in s.view.disks.items()
+    ]
+    if s.view.redis is not None and s.view.redis.unsaved is not None:
+        text = f"redis could not write its {s.view.redis.unsaved}, so it takes no writes as primary: see srd logs redis"
+        found.append(Condition(Code.SAVING_FAILS, Severity.CRITICAL, s.node.name, text))
     for service in services_of(s.node):
         child = s.view.children.get(service)
         if child is not None:

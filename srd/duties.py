@@ -16,6 +16,7 @@ from srd.ha.observe import Observer
 from srd.model import Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.state import ChildState, Situation, Store, View, services_of
+from srd.supervise.disks import Disks
 from srd.supervise.probe import probe_tls
 from srd.supervise.programs import listen_endpoints, owner_of
 from srd.supervise.services import Services
@@ -24,6 +25,9 @@ from srd.systemd import FdStore
 RESYNC_SECONDS: Final = 0.5
 # A start of all three children, on a machine where each takes seconds.
 PASS_SECONDS: Final = 60.0
+
+DISKS_RESYNC_SECONDS: Final = 5.0
+DISKS_PASS_SECONDS: Final = 30.0
 
 Probe = Callable[[], Coroutine[Any, Any, None]]
 
@@ -63,7 +67,9 @@ class Duties:
             deposed=self._deposed,
         )
         self._loop = Loop("services", self._services.reconcile, resync=RESYNC_SECONDS, timeout=PASS_SECONDS)
-        self.bodies = (self._observer.run, self._services.run, self._loop.run)
+        look = Disks(paths, store.writer("disks"), self._services.retry).reconcile
+        disks = Loop("disks", look, resync=DISKS_RESYNC_SECONDS, timeout=DISKS_PASS_SECONDS)
+        self.bodies = (self._observer.run, self._services.run, self._loop.run, disks.run)
         self.loops = (self._observer.loop, self._loop)
 
     async def ready(self) -> None:

@@ -19,6 +19,7 @@ from srd.ipsec.encap import try_sockets
 from srd.ipsec.suites import grades, read_proc_crypto
 from srd.ipsec.teardown import owned
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
+from srd.supervise.adopt import MARKER_NAME
 from srd.supervise.programs import LOCALHOST, check_endpoint, check_ports, check_programs
 from srd.trust.bundle import Bundle, load_bundle
 
@@ -55,7 +56,10 @@ async def clear(paths: Paths, kept: Collection[Endpoint] = ()) -> Cleared:
         if not _missing_addresses(bundle.node):
             break
         await asyncio.sleep(ADDRESS_PAUSE_SECONDS)
-    found = await asyncio.to_thread(partial(_problems_of, bundle, paths, own=kept))
+    # On a node that has been part of its cluster, what its children lack is a condition: srd comes up, protects the
+    # links, says what is missing and starts them when it is there.
+    joined = (paths.state_dir / MARKER_NAME).exists()
+    found = await asyncio.to_thread(partial(_problems_of, bundle, paths, own=kept, children=not joined))
     if found:
         raise found[0]
     return Cleared(bundle, await _suite_grades(bundle.config))
@@ -83,9 +87,12 @@ def _missing_addresses(node: Node) -> list[SrdError]:
 
 
 def _problems_of(
-    bundle: Bundle, paths: Paths, *, running: bool = False, own: Collection[Endpoint] = ()
+    bundle: Bundle, paths: Paths, *, running: bool = False, own: Collection[Endpoint] = (), children: bool = True
 ) -> list[SrdError]:
-    """Return what is wrong; the ports of the srd that is `running` are its own, and so are those of `own`."""
+    """Return what is wrong; the ports of the srd that is `running` are its own, and so are those of `own`.
+
+    `children`: with what redis, sentinel and stunnel need.
+    """
     config, node = bundle.config, bundle.node
     if strangers := _missing_addresses(node):  # of a machine that is not the bundle's, nothing else is worth saying
         return strangers
@@ -95,8 +102,8 @@ def _problems_of(
     free = [] if running else [endpoint for endpoint in wanted if endpoint not in own]
     return [
         *_missing_capabilities(config),
-        *check_programs(config, node),
-        *check_ports(config, node, paths, own),
+        *(check_programs(config, node) if children else ()),
+        *(check_ports(config, node, paths, own) if children else ()),
         *(problem for endpoint in free if (problem := check_endpoint(endpoint))),
         *_taken_for_udp(config, node),
     ]

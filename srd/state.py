@@ -162,6 +162,16 @@ class Redis:
     sync_in_progress: bool = False
     replicas: tuple[ReplicaOf, ...] = ()
     ping_seconds: float = 0.0
+    unsaved: str | None = None  # which of its files it could not write when it last tried
+
+
+class DiskTrouble(enum.StrEnum):
+    """Why a directory cannot be written to."""
+
+    FULL = "full"
+    NO_INODES = "no_inodes"
+    READ_ONLY = "read_only"
+    GONE = "gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +249,7 @@ class View:
     history: tuple[RoleChange, ...] = ()
     sentinel_events: Mapping[str, int] = field(default_factory=dict)
     certificates: Mapping[str, float] = field(default_factory=dict)
+    disks: Mapping[str, DiskTrouble] = field(default_factory=dict)
     initialized: bool = False
     started: float = 0.0
 

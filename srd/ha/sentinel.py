@@ -102,7 +102,16 @@ def _redis(info: Fields, min_replicas: Fields, save: Fields, *, asked: float, to
         sync_in_progress=replica and info.get("master_sync_in_progress", _flag),
         replicas=tuple(_replica(line) for line in info.lines("slave")),
         ping_seconds=took,
+        unsaved=_unsaved(info),
     )
+
+
+def _unsaved(info: Fields) -> str | None:
+    """Return which file redis could not write; until it can, it refuses writes of clients (MISCONF)."""
+    files = {"aof_last_write_status": "append-only file", "rdb_last_bgsave_status": "snapshot (RDB)"}
+    # A kernel without memory for the copy, or a disk that is full, shows in either.
+    failed = (what for name, what in files.items() if name in info and info.get(name, str) != "ok")
+    return next(failed, None)
 
 
 def _replica(line: Fields) -> ReplicaOf:

@@ -45,6 +45,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 REGISTER_NAME: Final = "children.json"
+MARKER_NAME: Final = "initialized"  # there once this node has been part of its cluster
 _SCHEMA: Final = 1
 
 

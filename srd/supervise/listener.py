@@ -40,6 +40,8 @@ class Listener:
     @property
     def remedy(self) -> str:
         """How to be rid of it, for good where that is known."""
+        if self.pid is None:
+            return "srd check, from a root shell, names it; stop it"
         return "stop it" if self.unit in (None, _OWN_UNIT) else f"systemctl disable --now {self.unit}"
 
 

@@ -23,7 +23,7 @@ from srd.supervise.become import send_signal
 from srd.supervise.machine import RUNNING, Action, Event, failures_after, restart_pause, transition
 from srd.supervise.pulse import Remedy, Silence, read_pulse, remedy
 from srd.supervise.running import Running, Timing, pidfd_name
-from srd.supervise.tally import UNSEEN, End, Tally, end_of, oom_kills
+from srd.supervise.tally import NOT_STARTED, UNSEEN, End, Tally, end_of, oom_kills
 from srd.systemd import FdStore
 
 log = structlog.get_logger(__name__)
@@ -154,6 +154,11 @@ class Process:
             else:
                 return
         raise SrdError("stop", f"{self.service} (pid {self.pid})", "it outlives SIGKILL; its disk may hang")
+
+    def end_pause(self) -> None:
+        """End the pause after the last end, if there is one."""
+        if self._timer is not None:
+            self._pause_over()
 
     def release(self) -> None:
         """Let go of the child without ending it: the last call, when srd ends and the child shall live on."""
@@ -328,7 +333,9 @@ class Process:
             log.info("child started", service=self.service, pid=running.pid)
             self._changed()
         else:
-            self._note_end(End(f"not started: {error}", "not started"))
+            if str(error) not in (self._tally.last or ""):
+                log.warning("child not started", service=self.service, reason=str(error))
+            self._note_end(End(f"not started: {error}", NOT_STARTED))
             self._apply(Event.REFUSED)
             if not isinstance(error, SrdError):
                 raise error  # a defect: the loop's exception handler shows it
@@ -378,7 +385,7 @@ class Process:
 
     def _note_end(self, end: End, *, expected: bool = False) -> None:
         now = boottime()
-        self._tally.note(end, now, expected=expected)
+        self._tally.note(end, None if expected or end.label == NOT_STARTED else now)
         ready = now - self._ready_since if self._ready_since is not None else None
         self._failures = 0 if expected else failures_after(self._failures, ready)
 

@@ -21,6 +21,7 @@ from srd.model import Paths, Secrets, Service, SrdError
 from srd.reconcile import until_first
 from srd.state import Situation, Store, services_of
 from srd.supervise.adopt import (
+    MARKER_NAME,
     REGISTER_NAME,
     Found,
     Record,
@@ -40,7 +41,6 @@ from srd.systemd import FdStore
 
 log = structlog.get_logger(__name__)
 
-MARKER_NAME: Final = "initialized"
 # What a busy balancer may have under way at once while stunnel is started; the kernel bounds it by net.core.somaxconn.
 TLS_BACKLOG: Final = 4096
 # stunnel serves a new certificate 5 ms after SIGHUP; a loaded machine may take a while.
@@ -186,6 +186,11 @@ class Services:
         async with self._one_pass:
             await self._processes[service].stop(self.grace(service))
         self._wake()
+
+    def retry(self) -> None:
+        """Start now what waits after a failure, for what it failed of may be over."""
+        for process in self._processes.values():
+            process.end_pause()
 
     def release(self) -> None:
         """Let go of the children without ending them: the last call of a srd that ends and leaves them running."""

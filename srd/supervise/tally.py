@@ -30,6 +30,7 @@ class End:
         return End(f"{words} ({self.words})", label)
 
 
+NOT_STARTED: Final = "not started"
 UNSEEN: Final = End("it ended while no srd was there", "unseen")
 
 
@@ -80,11 +81,11 @@ class Tally:
         self._last: str | None = None
         self._lately: deque[float] = deque(maxlen=_REMEMBERED)
 
-    def note(self, end: End, now: float, *, expected: bool) -> None:
-        """Count an end; one that srd has asked for is `expected`, and no sign of trouble."""
+    def note(self, end: End, now: float | None) -> None:
+        """Count an end; `now` is None for one that is no sign of trouble: srd has asked for it, say."""
         self._causes[end.label] += 1
         self._last = end.words
-        if not expected:
+        if now is not None:
             self._lately.append(now)
 
     @property

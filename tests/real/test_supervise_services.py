@@ -19,9 +19,8 @@ from support.nodes import QUICK, Member, eventually, freeze, world
 from srd.desired import Start
 from srd.model import Service
 from srd.state import ChildState, Symptom
-from srd.supervise.adopt import REGISTER_NAME
+from srd.supervise.adopt import MARKER_NAME, REGISTER_NAME
 from srd.supervise.programs import check_endpoint, check_ports, listen_endpoints
-from srd.supervise.services import MARKER_NAME
 
 
 def shown_to_all(pid: int | None) -> bytes:

@@ -3,39 +3,20 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from support.clusters import cluster_toml, make_bundles
-from support.machine import CHECKOUT, INSTALL, Machine, machine
-from support.unit import URL, Checks, back, healthy, lives, pids, srd
+from support.machine import Machine
+from support.unit import URL, Checks, ask, back, healthy, lives, pids, srd, unit_node
 
 SERVICES = ("redis", "sentinel", "stunnel")
-# The unit's own file, but for where this checkout may lie: /tmp or a home directory.
-DROP_IN = "[Service]\nPrivateTmp=no\nProtectHome=no\nWatchdogSec=5\n"
 TLS_CLIENT = ("openssl", "s_client", "-connect", "127.0.1.1:6380", "-CAfile", "/etc/srd/ca.crt")
 
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A cluster of one, without IPsec, which not every kernel has; srd is enabled and up."""
-    root = tmp_path_factory.mktemp("bundles")
-    make_bundles(root, cluster_toml(nodes=1))
-    with machine() as made:
-        there = Path(f"/proc/{made.init}/root")
-        shutil.copytree(root / "bundles" / "redis-1", there / "etc/srd")
-        (there / "etc/srd").chmod(0o700)
-        (there / "opt/srd").symlink_to(CHECKOUT / ".venv")
-        made.write("/etc/systemd/system/srd.service.d/checkout.conf", DROP_IN)
-        made.run(*INSTALL)
-        made.run("systemctl", "start", "srd", check=False)
-        journal = ("journalctl", "--no-pager", "--unit", "srd")
-        assert made.show("srd", "ActiveState") == "active", made.run(*journal)
-        made.wait(lambda: healthy(made), "it does its job")
+    with unit_node(tmp_path_factory.mktemp("bundles")) as made:
         yield made
 
 
@@ -87,9 +68,7 @@ def test_logs_are_rotated_under_the_children_and_go_on(node: Machine) -> None:
     assert "Ready to accept connections" in node.run("cat", log)
     node.run("logrotate", "--force", "/etc/logrotate.d/srd")
     assert "Ready to accept connections" in node.run("cat", f"{log}.1")
-    password = tomllib.loads(node.run("cat", "/etc/srd/secrets.toml"))["srd_password"]
-    save = ("redis-cli", "-h", "127.0.1.1", "--user", "srd", "bgsave")
-    node.run("env", f"REDISCLI_AUTH={password}", *save)
+    ask(node, "bgsave")
     node.wait(lambda: "DB saved on disk" in node.run("cat", log), "redis writes on")
     assert "\0" not in node.run("cat", log)
     assert pids(node) == before

@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Self
 
-from support.machine import Machine
+from support.clusters import cluster_toml, make_bundles
+from support.machine import CHECKOUT, INSTALL, Machine, machine
 
+# The unit's own file, but for where this checkout may lie: /tmp or a home directory.
+DROP_IN = "[Service]\nPrivateTmp=no\nProtectHome=no\nWatchdogSec=5\n"
 URL = "http://127.0.1.1:8080/health"
+
+
+@contextlib.contextmanager
+def unit_node(root: Path, extra: str = "") -> Iterator[Machine]:
+    """A cluster of one, without IPsec, which not every kernel has; srd is enabled and up. `root` is for its bundle."""
+    make_bundles(root, cluster_toml(nodes=1, extra=extra))
+    with machine() as made:
+        there = Path(f"/proc/{made.init}/root")
+        shutil.copytree(root / "bundles" / "redis-1", there / "etc/srd")
+        (there / "etc/srd").chmod(0o700)
+        (there / "opt/srd").symlink_to(CHECKOUT / ".venv")
+        made.write("/etc/systemd/system/srd.service.d/checkout.conf", DROP_IN)
+        made.run(*INSTALL)
+        made.run("systemctl", "start", "srd", check=False)
+        journal = ("journalctl", "--no-pager", "--unit", "srd")
+        assert made.show("srd", "ActiveState") == "active", made.run(*journal)
+        made.wait(lambda: healthy(made), "it does its job")
+        yield made
+
+
+def conditions(node: Machine) -> dict[str, str]:
+    """Return the conditions that hold: the text of each by its code. That of ipsec.mode "off" always does."""
+    found = {found["code"]: found["text"] for found in srd(node, "status").get("conditions", ())}  # type: ignore[attr-defined]
+    return {code: text for code, text in found.items() if code != "ipsec_off"}
+
+
+def ask(node: Machine, *command: str) -> str:
+    """Return what redis answers to the user srd."""
+    password = tomllib.loads(node.run("cat", "/etc/srd/secrets.toml"))["srd_password"]
+    cli = ("redis-cli", "-h", "127.0.1.1", "--user", "srd", *command)
+    return node.run("env", f"REDISCLI_AUTH={password}", *cli, check=False).strip()
 
 
 def healthy(node: Machine) -> bool:

@@ -66,6 +66,19 @@ def test_a_replica_counts_by_its_own_offset() -> None:
     assert (seen.link_up, seen.sync_in_progress, seen.offset, seen.persistence) == (False, True, 40, False)
 
 
+@pytest.mark.parametrize(
+    ("lines", "unsaved"),
+    [
+        ("", None),
+        ("aof_last_write_status:ok\r\nrdb_last_bgsave_status:ok\r\n", None),
+        ("aof_last_write_status:err\r\nrdb_last_bgsave_status:ok\r\n", "append-only file"),
+        ("aof_last_write_status:ok\r\nrdb_last_bgsave_status:err\r\n", "snapshot (RDB)"),
+    ],
+)
+def test_what_it_could_not_save(lines: str, unsaved: str | None) -> None:
+    assert read(PRIMARY + lines).unsaved == unsaved
+
+
 def test_valkey_says_its_own_version() -> None:
     assert read("valkey_version:8.1.0\r\n" + PRIMARY).version == "valkey 8.1.0"
 

@@ -10,7 +10,7 @@ from support.situations import arbiter_situation, primary_situation, replica_sit
 
 from srd.conditions import CHANNEL_HOLD_SECONDS, Code, Severity, conditions
 from srd.model import IpsecMode, Service
-from srd.state import Channel, Child, ChildState, Kernel, Situation, Store, Symptom
+from srd.state import Channel, Child, ChildState, DiskTrouble, Kernel, Situation, Store, Symptom
 
 
 def seen(situation: Situation, **changes: object) -> Situation:
@@ -89,6 +89,21 @@ def test_a_child_that_is_silent_says_why_and_what_is_done(symptom: Symptom) -> N
     (found,) = conditions(seen(whole, children={**whole.view.children, service: silent}))
     assert (found.code, found.severity) == (Code.CHILD_SILENT, Severity.CRITICAL)
     assert found.text.startswith("no answer: ")
+
+
+@pytest.mark.parametrize("trouble", list(DiskTrouble))
+def test_a_directory_that_cannot_be_written_to_is_critical(trouble: DiskTrouble) -> None:
+    assert codes(seen(primary_situation(), disks={"/var/lib/srd": trouble})) == {
+        Code.DISK_TROUBLE: (Severity.CRITICAL, "/var/lib/srd")
+    }
+
+
+def test_a_redis_that_cannot_save_says_which_file() -> None:
+    whole = primary_situation()
+    assert whole.view.redis is not None
+    (found,) = conditions(seen(whole, redis=replace(whole.view.redis, unsaved="append-only file")))
+    assert found.code is Code.SAVING_FAILS
+    assert found.text.startswith("redis could not write its append-only file")
 
 
 FLAPPING = {Code.CHILD_FLAPPING: (Severity.WARNING, Service.REDIS)}
