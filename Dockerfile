@@ -33,7 +33,7 @@ RUN groupadd --gid 6379 redis \
 COPY --from=build /opt/srd /opt/srd
 ENV PATH=/opt/srd/bin:$PATH PYTHONUNBUFFERED=1
 VOLUME /var/lib/srd /var/log/srd
-HEALTHCHECK --interval=5s --timeout=2s --start-period=60s CMD ["curl", "-fs", "-o", "/dev/null", "http://127.0.0.1:8080/health"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["curl", "-fs", "-o", "/dev/null", "http://127.0.0.1:8080/health"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["srd"]
 CMD ["run"]

@@ -24,6 +24,12 @@ def status_of(lab: Containers, node: str, pid: int) -> dict[str, str]:
     return dict(re.findall(r"^(\w+):[ \t]*(.*)$", text, re.MULTILINE))
 
 
+def catches_sigterm(lab: Containers, node: str) -> bool:
+    """Whether process 1 has a handler for it; without one it would not get it."""
+    status = lab.inside(node, "cat", "/proc/1/status", check=False)
+    return any(int(caught, 16) & 1 << 14 for caught in re.findall(r"^SigCgt:\t(\w+)$", status, re.MULTILINE))
+
+
 def processes(lab: Containers, node: str) -> dict[int, str]:
     """Return the state letter of each process in a node's container."""
     text = lab.inside(node, "sh", "-c", "cat /proc/[0-9]*/stat 2>/dev/null", check=False)
@@ -42,24 +48,15 @@ def read(lab: Containers, key: str) -> str:
 
 
 def test_every_node_is_healthy_by_the_images_own_check(lab: Containers) -> None:
-    assert [node for node in lab.nodes if not lab.healthy(node)] == []
-
-
-def test_a_node_whose_redis_hangs_is_unhealthy(lab: Containers) -> None:
-    replica = next(node for node in lab.nodes if node != lab.primary())
-    pid = str(lab.children(replica)["redis"]["pid"])
-    lab.inside(replica, "sh", "-c", f"kill -STOP {pid}")
-    lab.wait(lambda: not lab.healthy(replica), "the hung redis is noticed")
-    lab.inside(replica, "sh", "-c", f"kill -CONT {pid}")
-    lab.wait_whole()
-    assert lab.healthy(replica)
+    for node in lab.nodes:
+        lab.wait(lambda node=node: lab.healthy(node), f"{node} is healthy")
 
 
 def test_srd_is_the_first_process_with_the_units_capabilities_and_its_children_have_none(lab: Containers) -> None:
     srd = status_of(lab, "redis-1", 1)
     unit = (CHECKOUT / "srd/units/srd.service").read_text()
     (granted,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
-    documented = re.findall(r"--cap-add (\S+)", (CHECKOUT / "docs/container.md").read_text())
+    documented = re.findall(r"--cap-add ([A-Z_]+)", (CHECKOUT / "docs/container.md").read_text())
     assert {f"CAP_{name}" for name in documented} == set(granted.split())
     assert int(srd["CapBnd"], 16).bit_count() == len(set(documented))
     assert (srd["Name"], srd["NoNewPrivs"], srd["Seccomp"]) == ("srd", "1", "2")
@@ -85,7 +82,9 @@ def test_orphans_are_collected_and_the_ends_of_srds_own_children_are_still_told(
     orphans = lab.inside("redis-1", "sh", "-c", "for i in 1 2 3 4 5 6 7 8; do sleep 4 & echo $!; done").split()
     parents = {status_of(lab, "redis-1", int(pid))["PPid"] for pid in orphans[:2]}
     assert parents == {"1"}
-    lab.inside("redis-1", "sh", "-c", f"kill -ABRT {lab.children('redis-1')['stunnel']['pid']}")
+    # As its user: root has no CAP_KILL in there.
+    stunnel = lab.children("redis-1")["stunnel"]["pid"]
+    lab.podman("redis-1", "exec", "--user", str(USERS["stunnel"]), "srd", "sh", "-c", f"kill -ABRT {stunnel}")
     lab.wait(lambda: not set(map(int, orphans)) & set(processes(lab, "redis-1")), "the orphans are gone")
     lab.wait(lambda: "Z" not in processes(lab, "redis-1").values(), "nothing is left behind")
     assert lab.children("redis-1")["stunnel"]["last_exit"] == "killed by SIGABRT"
@@ -118,14 +117,17 @@ def test_a_stop_ends_the_children_in_order_and_a_start_brings_the_node_back(lab:
 
 
 def test_a_stop_while_srd_starts_is_not_missed(lab: Containers) -> None:
-    """The client's network has no address of a node's bundle: srd waits 10 s for one to come."""
-    bundle = "/var/lab/bundles/redis-1"
-    lab.on("client", "sh", "-c", f"cp -a {bundle}/. /etc/srd/")
+    """A cluster.toml that never ends keeps it at its start, on a machine that is no node."""
+    lab.on("client", "mkfifo", "/etc/srd/cluster.toml")
     with subprocess.Popen(["on", "client", str(CHECKOUT / "tests/image/run-node"), "client"]) as run:
-        running = ("container", "inspect", "--format", "{{.State.Running}}", "srd")
-        lab.wait(lambda: lab.podman("client", *running, check=False).stdout.strip() == "true", "it runs")
+        lab.wait(lambda: catches_sigterm(lab, "client"), "it runs")
+        assert not lab.healthy("client")
+        started = time.monotonic()
         lab.podman("client", "stop", "srd")
-        assert run.wait(30) == 0, "SIGTERM, and no SIGKILL"
+        took = time.monotonic() - started
+        assert run.wait(60) == 0, "SIGTERM, and no SIGKILL"
+    print(f"\npodman stop: {took:.1f} s")  # noqa: T201
+    assert took < STOP_SECONDS
 
 
 @pytest.mark.parametrize("how", ["restarted", "killed", "killed and made anew"])
