@@ -5,6 +5,7 @@ Wires the wings of supervision and of high availability to one another. A client
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -143,8 +144,12 @@ class Duties:
         )
         return probes
 
-    def _start_of_redis(self) -> Start:
-        return restart.start(self._situation(), self._death, holds_data=self._holds_data())
+    async def _start_of_redis(self) -> Start:
+        child = self._view().children.get(Service.REDIS)
+        runs = child is not None and child.pid is not None
+        # To look costs a thread that becomes redis' user, 5 ms; of one that runs it is known.
+        holds_data = runs or await asyncio.to_thread(self._holds_data)
+        return restart.start(self._situation(), self._death, holds_data=holds_data)
 
     def _deposed(self) -> bool:
         """Whether this node's redis was primary when it last answered, and a majority names another one now."""

@@ -60,7 +60,7 @@ class Services:
         paths: Paths,
         secrets: Secrets,
         store: Store,
-        start: Callable[[], desired.Start],
+        start: Callable[[], Awaitable[desired.Start]],
         probes: Mapping[Service, Callable[[], Awaitable[None]]],
         situation: Callable[[], Situation],
         joined: Callable[[], bool],
@@ -146,7 +146,7 @@ class Services:
                 return
             await self._find_children()
             await self._review_adopted()
-            start = self._start()
+            start = await self._start()
             wanted = desired.services(self._situation(), start)
             for service, process in self._processes.items():
                 want = wanted[service]

@@ -57,6 +57,9 @@ class Member:
     deaths: list[Service] = field(default_factory=list)
     deposed: bool = False
 
+    async def start_of_redis(self) -> Start:
+        return self.start
+
     def client(self, service: Service = Service.REDIS, user: str | None = "srd", password: str | None = None) -> Client:
         port = self.config.redis.port if service is Service.REDIS else self.config.sentinel.port
         if service is Service.SENTINEL:
@@ -102,7 +105,7 @@ class Member:
             paths=self.paths,
             secrets=self.secrets,
             store=store,
-            start=lambda: self.start,
+            start=self.start_of_redis,
             probes={service: self.probe(service) for service in Service},
             situation=lambda: Situation(self.config, self.node, store.view(), boottime()),
             joined=lambda: has_joined(self.node, store.view()),
