@@ -105,6 +105,40 @@ def test_a_program_that_vanishes_is_named_and_started_when_it_is_there_again(nod
         node.run("mv", f"{name}.away", name)
 
 
+def limited(node: Machine, pid: int, *limits: str) -> None:
+    """Set limits of a redis as its own user: root may not, where it lacks CAP_SYS_RESOURCE."""
+    user = ("setpriv", "--reuid=redis", "--regid=redis", "--clear-groups")
+    node.run(*user, "prlimit", "--pid", str(pid), *limits)
+
+
+def test_a_redis_that_gets_no_memory_ends_and_comes_back_with_its_data(node: Machine) -> None:
+    before = pids(node)
+    assert ask(node, "SET", "kept", "1") == "OK"
+    limited(node, before["redis"], f"--as={64 << 20}")
+    assert ask(node, "SETRANGE", "large", str(200 << 20), "x") == "", "no answer: it has ended"
+    node.wait(lambda: healthy(node) and pids(node)["redis"] != before["redis"], "another one runs")
+    (child,) = (each for each in srd(node, "children")["children"] if each["service"] == "redis")  # type: ignore[attr-defined]
+    # By its own hand, or in the attempt to write a report, for which there is no memory either.
+    assert child["last_exit"] in ("killed by SIGABRT", "killed by SIGSEGV")
+    after = pids(node)
+    assert {service for service in before if after[service] != before[service]} == {"redis"}
+    assert ask(node, "GET", "kept") == "1"
+
+
+def test_a_redis_that_cannot_fork_to_save_says_so_and_takes_writes_again_once_it_can(node: Machine) -> None:
+    """As without memory for the copy: what fails is fork(2)."""
+    before = pids(node)
+    limited(node, before["redis"], "--nproc=1:")
+    assert ask(node, "BGSAVE") == "ERR"
+    node.wait(lambda: "srd logs redis" in conditions(node).get("saving_fails", ""), "srd says so")
+    assert "MISCONF" in ask(node, "SET", "refused", "1")
+    limited(node, before["redis"], "--nproc=1000:")
+    assert ask(node, "BGSAVE") == "Background saving started"
+    node.wait(lambda: "saving_fails" not in conditions(node), "it has saved")
+    assert ask(node, "SET", "taken", "1") == "OK"
+    assert pids(node) == before
+
+
 def test_a_foreign_redis_on_the_port_is_named_and_ours_is_back_when_it_is_gone(node: Machine) -> None:
     before = pids(node)
     without_srd(node)
