@@ -9,7 +9,7 @@ import os
 import statistics
 
 import pytest
-from support.lab import spis, xfrm_errors
+from support.lab import FAMILIES, spis, xfrm_errors
 from support.machines import SERVICES, Machines, writing
 
 KILLS = int(os.environ.get("LAB_SRD_KILLS", "3"))
@@ -32,6 +32,9 @@ def test_srd_is_killed_and_no_client_and_no_child_notices(lab: Machines) -> None
         for number in range(KILLS):
             # The primary's first, and each node's in turn.
             node = (primary, *(other for other in lab.nodes if other != primary))[number % len(lab.nodes)]
+            # Those of a death before may be in their grace still.
+            each_once = 2 * len(FAMILIES) * (len(lab.nodes) - 1)
+            lab.wait(lambda node=node, each_once=each_once: len(spis(lab, node)) == each_once, "one SA a direction")
             keys = spis(lab, node)
             (former,) = lab.show(node, "MainPID")
             lab.on(node, "kill", "-KILL", former)
