@@ -10,7 +10,9 @@ import random
 import signal
 import socket
 import stat
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,26 +93,35 @@ async def test_a_deposed_primary_that_was_stopped_takes_no_more_writes() -> None
     with world() as (member,):
         async with member.supervised(replace(QUICK, probe_timeout=0.5)) as node:
             await node.all_ready()
-            reader, writer = await dialled(member)
-            member.deposed = True
-            freeze(node.pid(Service.REDIS))
-            writer.write(b"SET late 1\r\n")
-            await node.until(lambda view: view.children[Service.REDIS].exits == {"silent": 1})
-            with contextlib.suppress(ConnectionResetError):
-                assert await reader.read() == b""
-            writer.close()
+            async with dialled(member) as (reader, writer):
+                member.deposed = True
+                freeze(node.pid(Service.REDIS))
+                writer.write(b"SET late 1\r\n")
+                await node.until(lambda view: view.children[Service.REDIS].exits == {"silent": 1})
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
             member.deposed = False
             await node.all_ready()
             assert await member.ask("GET", "late") is None
 
 
-async def dialled(member: Member) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+@contextlib.asynccontextmanager
+async def dialled(member: Member) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     """Open a connection to redis by hand, where nothing is said twice."""
     endpoint = listen_endpoints(member.config, member.node, Service.REDIS)[0]
     reader, writer = await asyncio.open_connection(str(endpoint.address), endpoint.port)
-    writer.write(f"AUTH srd {member.secrets.srd_password.reveal()}\r\n".encode())
-    assert await reader.readline() == b"+OK\r\n"
-    return reader, writer
+    try:
+        writer.write(f"AUTH srd {member.secrets.srd_password.reveal()}\r\n".encode())
+        assert await reader.readline() == b"+OK\r\n"
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+async def ends_script(member: Member) -> bool:
+    async with dialled(member) as (reader, writer):
+        writer.write(b"SCRIPT KILL\r\n")
+        return await reader.readline() == b"+OK\r\n"
 
 
 async def test_written_data_survives_a_kill_of_redis() -> None:
@@ -186,15 +197,11 @@ async def test_a_redis_that_is_busy_with_a_script_is_shown_as_degraded_and_left_
         async with member.supervised(replace(QUICK, hung_after=2)) as node:
             await node.all_ready()
             pid = node.pid(Service.REDIS)
-            _, script = await dialled(member)
-            script.write(b'EVAL "while true do end" 0\r\n')
-            await node.until(lambda view: view.children[Service.REDIS].symptom is Symptom.SLOW)
-            # It listens to this after 5 s (busy-reply-threshold): it is silent for longer than a hung one may be.
-            reader, writer = await dialled(member)
-            writer.write(b"SCRIPT KILL\r\n")
-            assert await reader.readline() == b"+OK\r\n"
-            writer.close()
-            script.close()
+            async with dialled(member) as (_, script):
+                script.write(b'EVAL "while true do end" 0\r\n')
+                await node.until(lambda view: view.children[Service.REDIS].symptom is Symptom.SLOW)
+                # It listens to this after 5 s (busy-reply-threshold): it is silent for longer than a hung one may be.
+                await eventually(partial(ends_script, member), "redis ends its script")
             await node.all_ready()
             assert node.pid(Service.REDIS) == pid
 
