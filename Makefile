@@ -44,8 +44,8 @@ lint: venv  ## ruff, mypy --strict, import-linter
 
 .PHONY: test
 test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab
-	@# Side by side: the lab is one process with one CPU of its own. The output of each comes when it is done.
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-here test-lab
+	@# Two side by side: a lab has one CPU of its own. The output of each comes when it is done.
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-lab test-here test-kernels
 
 .PHONY: test-here
 test-here: venv
@@ -53,7 +53,10 @@ test-here: venv
 
 .PHONY: test-lab
 test-lab: venv
-	LAB_BARE=1 tests/lab/boot tests/lab/suite
+	LAB_BARE=1 tests/lab/boot tests/lab/suite --durations=12
+
+.PHONY: test-kernels
+test-kernels: venv
 	KERNELS=3 LAB_BARE=1 tests/lab/boot tests/lab/suite
 
 .PHONY: image-test
