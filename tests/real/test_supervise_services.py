@@ -118,10 +118,11 @@ async def dialled(member: Member) -> AsyncIterator[tuple[asyncio.StreamReader, a
         writer.transport.abort()
 
 
-async def ends_script(member: Member) -> bool:
+async def ends_script(member: Member, over: asyncio.Future[bytes]) -> bool:
     async with dialled(member) as (reader, writer):
         writer.write(b"SCRIPT KILL\r\n")
-        return await reader.readline() == b"+OK\r\n"
+        await reader.readline()
+    return over.done()
 
 
 async def test_written_data_survives_a_kill_of_redis() -> None:
@@ -197,11 +198,13 @@ async def test_a_redis_that_is_busy_with_a_script_is_shown_as_degraded_and_left_
         async with member.supervised(replace(QUICK, hung_after=2)) as node:
             await node.all_ready()
             pid = node.pid(Service.REDIS)
-            async with dialled(member) as (_, script):
+            async with dialled(member) as (result, script):
                 script.write(b'EVAL "while true do end" 0\r\n')
                 await node.until(lambda view: view.children[Service.REDIS].symptom is Symptom.SLOW)
                 # It listens to this after 5 s (busy-reply-threshold): it is silent for longer than a hung one may be.
-                await eventually(partial(ends_script, member), "redis ends its script")
+                over = asyncio.ensure_future(result.readline())
+                await eventually(partial(ends_script, member, over), "redis ends its script")
+                assert over.result().startswith(b"-ERR Script killed")
             await node.all_ready()
             assert node.pid(Service.REDIS) == pid
 
