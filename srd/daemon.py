@@ -17,6 +17,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -255,12 +256,22 @@ class Daemon:
             distrusted = await self._forget(await self._adopt(keying, new, bundle.credentials))
             if self._duties is not None:
                 await self._duties.adopt(new)
-            self._bundle = bundle
+            ends, self._bundle = self._bundle.not_after, bundle
             self._write_certificates(bundle.not_after)
             await asyncio.to_thread(closing.remember, self._paths)
             before, after = ({node.name for node in config.nodes} for config in (old, new))
-            done = {"added": sorted(after - before), "removed": sorted(before - after), "revoked": distrusted}
+            done: dict[str, Any] = {
+                "added": sorted(after - before),
+                "removed": sorted(before - after),
+                "revoked": distrusted,
+            }
+            done |= {"trusted_no_more": sorted(f"{serial:x}" for serial in new.revoked - old.revoked)}
             done |= {"trusted_again": sorted(f"{serial:x}" for serial in old.revoked - new.revoked)}
+            done |= {"renewed": sorted(name for name, end in bundle.not_after.items() if ends.get(name) != end)}
+            done |= {
+                "settings": replace(old, nodes=new.nodes, revoked=new.revoked, parting_udp_ports=new.parting_udp_ports)
+                != new
+            }
             log.info("reloaded", **done)
             return done
 

@@ -52,6 +52,8 @@ async def clear(paths: Paths, kept: Collection[Endpoint] = ()) -> Cleared:
     `kept` is where this srd listens already, by sockets that outlived an earlier one.
     """
     bundle = load_bundle(paths, dt.datetime.now(dt.UTC))
+    if await asyncio.to_thread(is_answered, paths.control_socket):
+        raise ConfigError("start", "srd", "it runs on this node already", "srd status shows it")
     for _ in range(ADDRESS_TRIES):
         if not _missing_addresses(bundle.node):
             break

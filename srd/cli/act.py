@@ -16,6 +16,15 @@ _ANSWER_SECONDS = 5.0
 _RELOAD_SECONDS = 60.0
 _STOP_SECONDS = 120.0
 _POLL_SECONDS = 0.05
+# What a reload has changed, in the daemon's words and in those for people.
+_CHANGES = {
+    "added": "added",
+    "removed": "removed",
+    "revoked": "ended the keys with",
+    "trusted_no_more": "trusted no more",
+    "trusted_again": "trusted again",
+    "renewed": "new certificates",
+}
 
 
 def _timeout(seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -95,6 +104,6 @@ def reload_command(paths: Paths) -> None:
     What is wrong, or cannot change while srd runs, is said in one sentence, and nothing is changed. So does SIGHUP.
     """
     done = client.post(paths.control_socket, "/v1/reload", timeout=_RELOAD_SECONDS)
-    words = {"added": "added", "removed": "removed", "revoked": "revoked", "trusted_again": "trusted again"}
-    changes = [f"{word} {', '.join(done[what])}" for what, word in words.items() if done[what]]
-    click.echo(f"taken in: {'; '.join(changes) or 'no change of nodes'}")
+    changes = [f"{word} {', '.join(done[what])}" for what, word in _CHANGES.items() if done[what]]
+    changes += ["changed settings"] if done["settings"] else []
+    click.echo(f"taken in: {'; '.join(changes) or 'nothing has changed'}")

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -94,6 +93,9 @@ def uninstall_command(paths: Paths, root: Path, *, purge: bool, dry_run: bool) -
     """
     machine = _Machine(root, dry_run)
     if machine.is_this:
+        if Path(sys.prefix) == _PACKAGE_HOME:
+            remedy = f"apt {'purge' if purge else 'remove'} srd"
+            raise RefusedError("uninstall", "srd", "the Debian package has installed it", remedy)
         _refuse_while_it_runs(paths)
         if any((root / _TARGETS[unit]).exists() for unit in _UNITS):
             _run_manager(machine, "disable", *_UNITS)
@@ -200,13 +202,10 @@ def _run(machine: _Machine, *command: str) -> None:
 
 
 def _refuse_while_it_runs(paths: Paths) -> None:
-    for what in _running(paths):
-        raise RefusedError("uninstall", "srd", f"{what} runs", "systemctl stop srd")
-
-
-def _running(paths: Paths) -> Iterator[str]:
     from srd.supervise.programs import own_children  # noqa: PLC0415 - msgspec takes 40 ms to import
 
     if is_answered(paths.control_socket):
-        yield "it"
-    yield from sorted(f"its {child}" for child in own_children(paths))
+        raise RefusedError("uninstall", "srd", "it runs", "systemctl stop srd")
+    for child in sorted(own_children(paths)):  # left by `srd stop --keep-data-path`, or by a srd that was killed
+        remedy = "systemctl start srd, which adopts it, then systemctl stop srd"
+        raise RefusedError("uninstall", "srd", f"its {child} runs", remedy)

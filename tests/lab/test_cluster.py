@@ -260,7 +260,7 @@ def test_renewed_certificates_are_taken_in_and_the_cluster_is_whole_with_them(la
         subprocess.run(["srd", "node", "renew", "/var/lab/bundles", node], check=True, capture_output=True)
         for file in Path(f"/var/lab/bundles/{node}").glob("[nt]*.*"):
             shutil.copy(file, f"/var/lab/{node}/etc/srd")
-        assert "taken in" in lab.on(node, "srd", "reload").stdout
+        assert "new certificates node, tls" in lab.on(node, "srd", "reload").stdout
         lab.wait_whole()
     for node in lab.nodes:
         after = lab.get(node, "/srd").body["certificates"]

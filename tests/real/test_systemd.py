@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import shlex
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.machine import Machine
 from support.unit import URL, Checks, ask, back, healthy, lives, pids, srd, unit_node
+
+from srd.trust.issuing import renew_node
 
 SERVICES = ("redis", "sentinel", "stunnel")
 TLS_CLIENT = ("openssl", "s_client", "-connect", "127.0.1.1:6380", "-CAfile", "/etc/srd/ca.crt")
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    with unit_node(tmp_path_factory.mktemp("bundles")) as made:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def bundles(root: Path) -> Path:
+    return root / "bundles"
+
+
+@pytest.fixture(scope="module")
+def node(root: Path) -> Iterator[Machine]:
+    with unit_node(root) as made:
         yield made
 
 
@@ -72,6 +86,29 @@ def test_logs_are_rotated_under_the_children_and_go_on(node: Machine) -> None:
     node.wait(lambda: "DB saved on disk" in node.run("cat", log), "redis writes on")
     assert "\0" not in node.run("cat", log)
     assert pids(node) == before
+
+
+def test_a_reload_says_what_it_has_taken_in_and_the_manager_can_ask_for_it(node: Machine, bundles: Path) -> None:
+    assert node.run("srd", "reload") == "taken in: nothing has changed\n"
+    file = node.run("cat", "/etc/srd/cluster.toml")
+    renew_node(bundles, "redis-1", dt.datetime.now(dt.UTC))
+    for name in ("node.crt", "node.key", "tls.crt", "tls.key"):
+        node.write(f"/etc/srd/{name}", (bundles / "redis-1" / name).read_text())
+    node.write("/etc/srd/cluster.toml", file + "[http]\nmax_connections = 100\n[trust]\nrevoked = ['ab']\n")
+    said = node.run("srd", "reload")
+    assert said == "taken in: trusted no more ab; new certificates node, tls; changed settings\n"
+    node.write("/etc/srd/cluster.toml", file)
+    node.run("systemctl", "reload", "srd")
+    assert node.run("srd", "reload") == "taken in: nothing has changed\n"
+    node.write("/etc/srd/cluster.toml", "")
+    node.fails("systemctl", "reload", "srd")
+    node.write("/etc/srd/cluster.toml", file)
+    assert node.show("srd", "ActiveState") == "active"
+
+
+def test_a_second_srd_says_that_one_runs_already(node: Machine) -> None:
+    refused = node.fails("srd", "run")
+    assert (refused.returncode, "it runs on this node already" in refused.stderr) == (78, True), refused
 
 
 def test_srd_is_not_uninstalled_while_it_runs(node: Machine) -> None:
