@@ -155,7 +155,7 @@ class Process:
                 return
         raise SrdError("stop", f"{self.service} (pid {self.pid})", "it outlives SIGKILL; its disk may hang")
 
-    def end_pause(self) -> None:
+    def retry(self) -> None:
         """End the pause after the last end, if there is one."""
         if self._timer is not None:
             self._pause_over()

@@ -190,7 +190,7 @@ class Services:
     def retry(self) -> None:
         """Start now what waits after a failure, for what it failed of may be over."""
         for process in self._processes.values():
-            process.end_pause()
+            process.retry()
 
     def release(self) -> None:
         """Let go of the children without ending them: the last call of a srd that ends and leaves them running."""
