@@ -76,6 +76,7 @@ def test_an_installation_enables_and_starts_nothing(node: Machine) -> None:
         assert (node.show(unit, "UnitFileState"), node.show(unit, "ActiveState")) == ("disabled", "inactive")
     assert node.run("stat", "-c", "%a", "/etc/srd") == "700\n"
     assert node.run("srd", "version").startswith("srd ")
+    assert "maxmemory" in node.run("cat", "/usr/share/doc/srd/config/cluster.reference.toml")
     assert "apt remove srd" in node.fails("srd", "uninstall").stderr
     wrong = node.fails("srd", "check")
     assert "/etc/srd/cluster.toml" in wrong.stderr
