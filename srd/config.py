@@ -70,7 +70,7 @@ _OWNED_DIRECTIVES: Final = frozenset({
 
 def load_config(path: Path) -> Config:
     """Read and check a cluster.toml; `ConfigError` says what is wrong and on which line."""
-    return parse_config(read_text(path, "srd init writes one"), str(path))
+    return parse_config(read_text(path, "it is in the bundle that srd init made for this node"), str(path))
 
 
 def read_text(path: Path, remedy: str = "") -> str:

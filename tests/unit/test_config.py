@@ -95,7 +95,7 @@ def test_what_is_not_toml_is_named_by_line() -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="srd init writes one"):
+    with pytest.raises(ConfigError, match="in the bundle that srd init made"):
         load_config(tmp_path / "cluster.toml")
 
 
