@@ -223,9 +223,9 @@ class Services:
         """Adopt what an earlier srd left running; later, look again at what could not be decided."""
         if not self._looked:
             self._undecided = await asyncio.to_thread(self._first_look)
-            await self._adopt_handed()
             self._looked = True
             self._write_initialized(self._initialized)
+        await self._adopt_handed()  # again for those of which a pass before could not decide
         for record in list(self._undecided.values()):
             self._decide(record, await asyncio.to_thread(look_up, record))
         self._publish()

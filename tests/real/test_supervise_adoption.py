@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from support.nodes import PATIENCE, Member, eventually, world
 
-from srd.model import Service
+from srd.model import Service, SrdError
 from srd.reconcile import boottime
 from srd.state import ChildState
-from srd.supervise.adopt import REGISTER_NAME
+from srd.supervise.adopt import REGISTER_NAME, Record, record_found
 
 # What the daemon does, in a process of its own: it says READY when all children are.
 SUPERVISOR = """
@@ -159,6 +159,34 @@ async def test_a_held_descriptor_of_a_dead_child_is_an_unseen_end() -> None:
             view = await node.all_ready()
             assert view.children[Service.SENTINEL].exits == {"unseen": 1}
             assert [node.pid(service) == left[service] for service in Service] == [True, False, True]
+
+
+async def test_a_first_look_that_fails_halfway_is_taken_up_where_it_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [SrdError("identify", Service.SENTINEL, "it cannot be read")]
+
+    def found(service: Service, pid: int) -> Record:
+        if service is Service.SENTINEL and failures:
+            raise failures.pop()
+        return record_found(service, pid)
+
+    monkeypatch.setattr("srd.supervise.services.record_found", found)
+    with world() as (member,), killed_supervisor(member) as left:
+        (member.paths.run_dir / REGISTER_NAME).unlink()
+        handed = [(f"child-{service}", os.pidfd_open(pid)) for service, pid in left.items()]
+        async with member.supervised(handed=handed) as node:
+            await node.all_ready()
+            assert failures == []
+            assert node.pids() == left
+            assert sorted(bound_pids()) == sorted(left.values()), "one descriptor for each"
+
+
+def bound_pids() -> list[int]:
+    """Return the pids of the live processes that this one has descriptors of, each as often as it has."""
+    found = []
+    for entry in Path("/proc/self/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the directory itself
+            found += [int(line.split()[1]) for line in entry.read_text().splitlines() if line.startswith("Pid:")]
+    return [pid for pid in found if pid > 0]
 
 
 async def is_over(pid: int) -> bool:
