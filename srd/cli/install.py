@@ -114,6 +114,8 @@ def uninstall_command(paths: Paths, root: Path, *, purge: bool, dry_run: bool) -
 def _check_program(program: Path) -> None:
     if not program.is_absolute():
         raise ConfigError("install", str(program), "a unit names its program by an absolute path")
+    if program.parts[-2:] != ("bin", "srd"):
+        raise ConfigError("install", str(program), "the units run bin/srd of an environment, and this is not one")
     if _PACKAGE_HOME in program.parents:
         raise RefusedError(
             "install", str(program), "the Debian package has its own units", "systemctl enable --now srd"

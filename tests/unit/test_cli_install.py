@@ -91,6 +91,8 @@ def test_a_command_of_somebody_elses_is_not_replaced_and_not_removed(tmp_path: P
         ("/home/me/srd/bin/srd", ConfigError, "does not see what is below /home"),
         ("/tmp/srd/bin/srd", ConfigError, "does not see what is below /tmp"),
         ("bin/srd", ConfigError, "absolute"),
+        ("/srd", ConfigError, "bin/srd of an environment"),
+        ("/usr/local/bin/srd-2", ConfigError, "bin/srd of an environment"),
         ("/usr/lib/srd/bin/srd", RefusedError, "Debian package"),
     ],
 )
