@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
@@ -68,8 +69,11 @@ LONGEST_WAIT_SECONDS: Final = 86400.0
 KEEP_SECONDS: Final = 15.0
 
 
-async def run(paths: Paths) -> None:
-    """Run a node until SIGTERM or SIGINT; `SrdError` when it may not start."""
+async def run(paths: Paths, early_stop: threading.Event) -> None:
+    """Run a node until SIGTERM or SIGINT; `SrdError` when it may not start.
+
+    `early_stop` is set when a SIGTERM has come before the signals are taken over here.
+    """
     notifier = Notifier.from_environment()
     fds = FdStore(notifier, handed_over())
     notifier.send("STATUS=checking the configuration, the kernel and the programs")
@@ -77,13 +81,15 @@ async def run(paths: Paths) -> None:
     for directory in (paths.state_dir, paths.run_dir, paths.log_dir):
         await asyncio.to_thread(make_own_directory, directory, TRAVERSABLE_DIRECTORY)
     await asyncio.to_thread(closing.remember, paths)
-    await Daemon(cleared, paths, notifier, fds).run()
+    await Daemon(cleared, paths, notifier, fds, early_stop).run()
 
 
 class Daemon:
     """One node's parts and the wires between them."""
 
-    def __init__(self, cleared: Cleared, paths: Paths, notifier: Notifier, fds: FdStore) -> None:
+    def __init__(
+        self, cleared: Cleared, paths: Paths, notifier: Notifier, fds: FdStore, early_stop: threading.Event
+    ) -> None:
         bundle = cleared.bundle
         self._grades = cleared.grades
         self._bundle, self._node = bundle, bundle.node
@@ -93,6 +99,7 @@ class Daemon:
         self._paths = paths
         self._notifier = notifier
         self._sockets = Listeners("http", fds, backlog=BACKLOG)  # while srd is away a check waits in them
+        self._early_stop = early_stop
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._known = asyncio.Event()
@@ -358,6 +365,8 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
+        if self._early_stop.is_set():
+            self._stop.set()
         try:
             yield
         finally:

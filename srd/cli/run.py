@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
+import threading
 
 import click
 import structlog
@@ -17,13 +19,31 @@ from srd.model import Paths
 @click.pass_obj
 def run_command(paths: Paths) -> None:
     """Run this node: protect its traffic, start redis, sentinel and stunnel, and keep it all true until SIGTERM."""
-    # Until the daemon takes the signals over there is nothing to be stopped in order. Without a handler the first
-    # process of a container would not even notice a SIGTERM, and be killed when its time is up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    early_stop = threading.Event()
+
+    def stop(*_: object) -> None:
+        # Children of an earlier srd are to be stopped in order: the daemon does it, once it has found them.
+        if not _children_recorded(paths):
+            sys.exit(0)
+        early_stop.set()
+
+    # Until the daemon takes the signals over. Without a handler the first process of a container would not even notice
+    # a SIGTERM, and be killed when its time is up.
+    signal.signal(signal.SIGTERM, stop)
     from srd.daemon import run  # noqa: PLC0415 - the whole program: 0.5 s, and every other verb goes without
 
     configure_logging()
-    asyncio.run(run(paths))
+    asyncio.run(run(paths, early_stop))
+
+
+def _children_recorded(paths: Paths) -> bool:
+    """Whether an earlier srd may have left children: a signal's handler has to say so, without an import."""
+    if os.getpid() == 1:
+        return False  # none has outlived the first process before this one
+    try:
+        return b'"pid"' in (paths.run_dir / "children.json").read_bytes()
+    except OSError:
+        return False
 
 
 def configure_logging() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,24 @@ def test_the_children_outlive_srd_and_no_check_is_refused(node: Machine, how: st
     assert all(child["adopted"] for child in srd(node, "children")["children"])  # type: ignore[attr-defined]
     # The connections that the dead one had accepted end with it; whoever comes after that waits.
     assert checks.refused() <= (how != "restarted")
+
+
+def test_a_stop_that_meets_a_srd_which_still_starts_is_a_stop(node: Machine) -> None:
+    before, former = pids(node), node.show("srd", "MainPID")
+    node.run("kill", "-KILL", former)
+    node.wait(lambda: starts(node, former), "the next srd can be stopped")
+    node.run("systemctl", "stop", "srd")
+    left = [service for service, pid in before.items() if lives(node, pid)]
+    node.run("systemctl", "start", "srd")
+    node.wait(lambda: healthy(node), "it does its job")
+    assert left == []
+
+
+def starts(node: Machine, former: str) -> bool:
+    """Whether another srd than the former one has come as far as to have a handler for SIGTERM."""
+    pid = node.show("srd", "MainPID")
+    caught = node.run("sed", "-n", r"s/^SigCgt:\t//p", f"/proc/{pid}/status", check=False)
+    return pid not in (former, "0") and bool(int(caught or "0", 16) & 1 << (signal.SIGTERM - 1))
 
 
 def test_stunnel_is_started_again_by_a_srd_that_did_not_start_it_and_nobody_is_refused(node: Machine) -> None:
