@@ -28,6 +28,7 @@ async def collect_orphans(grace: float = GRACE_SECONDS) -> None:
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_signal_handler(signal.SIGCHLD, ended.set)
+    ended.set()  # some may have ended before there was a handler
     try:
         while True:
             await ended.wait()

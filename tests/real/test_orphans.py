@@ -34,6 +34,15 @@ async def heir() -> AsyncIterator[None]:
     assert libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
 
 
+def ended_child() -> int:
+    """Return a child that has ended, and that nobody has asked for its status."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+
+
 async def orphans(number: int, seconds: float) -> list[int]:
     """Start processes that lose their parent at once, and end after so many seconds."""
     script = f"for i in $(seq {number}); do sleep {seconds} >&- & echo $!; done"
@@ -57,6 +66,17 @@ async def test_orphans_are_collected(heir: None) -> None:  # noqa: ARG001 - for 
     found = await orphans(20, seconds=0.5)
     assert {parent_of(pid) for pid in found} == {os.getpid()}
     await asyncio.to_thread(wait_until_gone, found)
+
+
+async def test_one_that_ended_before_anybody_collected_is_collected() -> None:
+    pid = ended_child()
+    collecting = asyncio.create_task(collect_orphans(GRACE_SECONDS))
+    try:
+        await asyncio.to_thread(wait_until_gone, [pid])
+    finally:
+        collecting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await collecting
 
 
 async def test_the_end_of_a_child_that_somebody_waits_for_is_left_to_them(heir: None) -> None:  # noqa: ARG001
