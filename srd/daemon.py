@@ -48,7 +48,7 @@ from srd.roster import Roster
 from srd.state import Situation, Store
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
 from srd.supervise.orphans import collect_orphans
-from srd.systemd import FdStore, Notifier, handed_over, own_unit, restarting
+from srd.systemd import FdStore, Notifier, handed_over, own_unit, starting_again
 from srd.trust.authority import identify
 from srd.trust.bundle import load_bundle
 from srd.web import health
@@ -63,6 +63,7 @@ STATUS_SECONDS: Final = 2.0
 # For how long a balancer's check waits for an srd that has taken over to know its node. A no that it hears twice cuts
 # the clients' connections, and 0.1 s of `starting` (1 s on a slow machine) is enough for that.
 KNOWING_SECONDS: Final = 2.0
+KNOWING_LIMIT_SECONDS: Final = 6.0  # with the first look at the children before that
 CLIENTS_RESYNC_SECONDS: Final = 60.0
 LONGEST_WAIT_SECONDS: Final = 86400.0
 # Between the wish to keep the children and the stop that follows; a stop at any other time is not meant by it.
@@ -151,6 +152,8 @@ class Daemon:
             stack.callback(self._sockets.release)
             await web.start(self._sockets)
             stack.push_async_callback(web.stop)
+            # Whatever the first look at the children takes: a check is not left without an answer.
+            stack.callback(asyncio.get_running_loop().call_later(KNOWING_LIMIT_SECONDS, self._known.set).cancel)
             if self._duties is not None:
                 stack.callback(self._duties.release)
                 bodies += self._duties.bodies
@@ -348,7 +351,7 @@ class Daemon:
 
     async def _until_stopped(self) -> None:
         await self._stop.wait()
-        if boottime() < self._keep_until or await restarting():
+        if boottime() < self._keep_until or await starting_again():
             log.info("leaving for the next srd", children=self._duties is not None)
             return
         log.info("stopping")

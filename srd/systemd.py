@@ -122,10 +122,12 @@ def handed_over() -> list[tuple[str, int]]:
     return list(zip(names, descriptors, strict=False))
 
 
-async def restarting() -> bool:
-    """Whether the manager stops this unit only to start it again: `systemctl restart`, an upgrade of the package.
+async def starting_again() -> bool:
+    """Whether the manager starts this unit again after the SIGTERM that has come: the next srd gets the children.
 
-    SIGTERM says nothing of that, the manager's list of jobs does. When nobody can be asked, it is a stop.
+    The signal does not say, the manager's list of jobs does. Only a job that stops the unit is a stop, a power-off
+    included. A restart has one of its own; a signal by hand, or a start that took too long, has none, and
+    Restart=always follows. When nobody can be asked, it is a stop.
     """
     unit = own_unit()
     if unit is None:
@@ -154,7 +156,9 @@ async def restarting() -> bool:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    return any(words[1:3] == [unit, "restart"] for words in map(str.split, said.decode().splitlines()))
+    if process.returncode != 0:
+        return False
+    return not any(words[1:3] == [unit, "stop"] for words in map(str.split, said.decode().splitlines()))
 
 
 def own_unit() -> str | None:
