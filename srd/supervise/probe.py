@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ssl
 from pathlib import Path
 from typing import Final
@@ -45,7 +46,10 @@ def _material(certificate: Path, authority: Path) -> tuple[ssl.SSLContext, bytes
 
 async def _served(endpoint: Endpoint, context: ssl.SSLContext) -> bytes | None:
     try:
-        _, writer = await asyncio.open_connection(str(endpoint.address), endpoint.port, ssl=context)
+        # From the same address: one that the machine has lost is no fault of stunnel's, and is said at once.
+        _, writer = await asyncio.open_connection(
+            str(endpoint.address), endpoint.port, ssl=context, local_addr=(str(endpoint.address), 0)
+        )
         try:
             session: ssl.SSLObject = writer.get_extra_info("ssl_object")
             return session.getpeercert(binary_form=True)
@@ -59,4 +63,6 @@ async def _served(endpoint: Endpoint, context: ssl.SSLContext) -> bytes | None:
     except ssl.SSLCertVerificationError as error:
         raise SrdError(_OPERATION, str(endpoint), f"certificate not valid: {error.verify_message}") from error
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise SrdError(_OPERATION, str(endpoint), "this machine does not have the address") from error
         raise NoAnswerError(_OPERATION, str(endpoint), error.strerror or str(error)) from error

@@ -13,7 +13,7 @@ import pytest
 from support.clusters import cluster_toml, make_bundles, paths_of
 from support.nodes import free_ports, world
 
-from srd.model import Endpoint, Paths, Service, SrdError
+from srd.model import Endpoint, NoAnswerError, Paths, Service, SrdError
 from srd.state import ChildState
 from srd.supervise.probe import probe_tls
 
@@ -68,6 +68,12 @@ async def test_nobody_listening_is_an_error_that_names_the_place(paths: Paths) -
     endpoint = Endpoint(HERE, free_ports(1)[0])
     with pytest.raises(SrdError, match=rf"cannot use TLS at {endpoint}: "):
         await probe(endpoint, paths)
+
+
+async def test_an_address_that_the_machine_has_lost_is_not_a_program_that_does_not_answer(paths: Paths) -> None:
+    with pytest.raises(SrdError, match="this machine does not have the address") as raised:
+        await probe(Endpoint(ip_address("192.0.2.1"), 6380), paths)
+    assert not isinstance(raised.value, NoAnswerError)
 
 
 async def test_plain_text_is_no_tls(paths: Paths) -> None:
