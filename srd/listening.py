@@ -84,7 +84,10 @@ def kept_endpoints(fds: FdStore) -> frozenset[Endpoint]:
 
 def _endpoint(name: str) -> Endpoint | None:
     found = _NAME.fullmatch(name)
-    return Endpoint(ip_address(bytes.fromhex(found[1])), int(found[2])) if found else None
+    try:
+        return Endpoint(ip_address(bytes.fromhex(found[1])), int(found[2])) if found else None
+    except ValueError:
+        return None  # another program's name, or another version's
 
 
 def _bound(endpoint: Endpoint, backlog: int) -> socket.socket:

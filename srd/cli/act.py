@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import click
 
 from srd.control import client
-from srd.model import Paths, Service, SrdError, TimedOutError
+from srd.model import PLAIN_ENVIRONMENT, Paths, Service, SrdError, TimedOutError
 
 _ANSWER_SECONDS = 5.0
 _RELOAD_SECONDS = 60.0
@@ -86,8 +86,9 @@ def stop_command(paths: Paths, *, keep_data_path: bool, timeout: float) -> None:
 
 
 def _systemctl_stop(unit: str, seconds: float) -> None:
+    command = ("systemctl", "stop", unit)
     try:
-        subprocess.run(("systemctl", "stop", unit), check=True, capture_output=True, text=True, timeout=seconds)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds, env=PLAIN_ENVIRONMENT)
     except subprocess.TimeoutExpired:
         raise TimedOutError("stop", unit, f"not within {seconds:g} s", f"systemctl status {unit} says more") from None
     except subprocess.CalledProcessError as error:
