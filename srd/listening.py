@@ -48,7 +48,7 @@ class Listeners:
             self._close(endpoint)
         with contextlib.ExitStack() as stack:
             fresh = {
-                endpoint: stack.enter_context(_bound(endpoint, self._backlog))
+                endpoint: stack.enter_context(_listening(endpoint, self._backlog))
                 for endpoint in endpoints
                 if endpoint not in self._held
             }
@@ -90,19 +90,30 @@ def _endpoint(name: str) -> Endpoint | None:
         return None  # another program's name, or another version's
 
 
-def _bound(endpoint: Endpoint, backlog: int) -> socket.socket:
+def bound_socket(endpoint: Endpoint) -> socket.socket:
+    """Return a TCP socket that is bound there, and does not listen yet; `OSError` when it cannot be had."""
     version = endpoint.address.version
     family = socket.AF_INET6 if version == 6 else socket.AF_INET  # noqa: PLR2004 - IP version
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a dead listener do not matter
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.setblocking(False)
-        listener.bind((str(endpoint.address), endpoint.port))
-        listener.listen(backlog)
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((str(endpoint.address), endpoint.port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _listening(endpoint: Endpoint, backlog: int) -> socket.socket:
+    try:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(bound_socket(endpoint))
+            listener.setblocking(False)
+            listener.listen(backlog)
+            stack.pop_all()
     except OSError as error:
-        listener.close()
         remedy = "cluster.toml says where: the node's addresses, http.port and tls.port"
         raise SrdError("listen on", str(endpoint), (error.strerror or str(error)).lower(), remedy) from error
     return listener

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from srd.cluster import Config, Node
+from srd.listening import bound_socket
 from srd.model import SYSTEM_PATH, ConfigError, Endpoint, Paths, PermissionRefusedError, Service, SrdError
 from srd.state import services_of
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
@@ -125,15 +125,10 @@ def check_ports(config: Config, node: Node, paths: Paths, kept: Collection[Endpo
 
 def check_endpoint(endpoint: Endpoint) -> SrdError | None:
     """Return why nobody can listen there now, and who does; None when it is free."""
-    family = socket.AF_INET6 if endpoint.address.version == 6 else socket.AF_INET  # noqa: PLR2004 - IP version
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a dead listener do not matter
-        if family == socket.AF_INET6:
-            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            probe.bind((str(endpoint.address), endpoint.port))
-        except OSError as error:
-            return _explain(endpoint, error)
+    try:
+        bound_socket(endpoint).close()
+    except OSError as error:
+        return _explain(endpoint, error)
     return None
 
 
