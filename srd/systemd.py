@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -46,20 +46,8 @@ class Notifier:
         watched = microseconds.isdecimal() and pid in ("", str(os.getpid()))
         return cls(os.environ.pop("NOTIFY_SOCKET", None), int(microseconds) / 1e6 if watched else None)
 
-    def send(self, *lines: str) -> None:
+    def send(self, *lines: str, descriptors: Sequence[int] = ()) -> None:
         """Send; a manager that is gone is nobody's error."""
-        self._send(lines)
-
-    def keep(self, name: str, descriptor: int) -> None:
-        """Have the manager hold a descriptor for the next srd; what it has under that name it keeps too."""
-        # Without FDPOLL=0 the manager would drop a socket as soon as it is readable (systemd 252).
-        self._send(("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0"), descriptor)
-
-    def forget(self, name: str) -> None:
-        """Have the manager close what it holds under a name."""
-        self._send(("FDSTOREREMOVE=1", f"FDNAME={name}"))
-
-    def _send(self, lines: tuple[str, ...], *descriptors: int) -> None:
         if not self._address:
             return
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -95,12 +83,13 @@ class FdStore:
         return self._handed.pop(name, None)
 
     def keep(self, name: str, descriptor: int) -> None:
-        """Have the manager hold a descriptor too."""
-        self._notifier.keep(name, descriptor)
+        """Have the manager hold a descriptor too; what it has under that name it keeps as well."""
+        # Without FDPOLL=0 the manager would drop a socket as soon as it is readable (systemd 252).
+        self._notifier.send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=(descriptor,))
 
     def forget(self, name: str) -> None:
         """Have the manager close what it holds under a name."""
-        self._notifier.forget(name)
+        self._notifier.send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     def drop_rest(self) -> None:
         """Close and forget what nobody has taken: it is of another configuration, or of another version of srd."""
