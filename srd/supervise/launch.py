@@ -120,9 +120,7 @@ class Launcher:
 
     def write_tls(self) -> None:
         """Give stunnel the bundle's certificate, key and authority."""
-        self._write_tls(programs.owner_of(self._config, Service.STUNNEL))
-
-    def _write_tls(self, owner: Owner) -> None:
+        owner = programs.owner_of(self._config, Service.STUNNEL)
         directory = self._paths.service_dir(Service.STUNNEL)
         for name in TLS_FILES:
             source = self._paths.bundle_file(name)
@@ -134,6 +132,6 @@ class Launcher:
             write_private(directory / name, content, owner)
 
     def _write_stunnel(self, owner: Owner, _start: Start) -> None:
-        self._write_tls(owner)
+        self.write_tls()
         text = render.stunnel_conf(self._config, self._node, self._paths.service_dir(Service.STUNNEL))
         write_private(self._file(Service.STUNNEL), text.encode(), owner)

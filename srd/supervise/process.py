@@ -127,13 +127,13 @@ class Process:
         if self._launching is not None:
             await asyncio.wait({self._launching})
 
-    async def hang_up(self, seconds: float) -> None:
+    async def hang_up(self) -> None:
         """Have the child read its files again (SIGHUP); return when its probe is content with what it does then.
 
-        `SrdError` says what it complains of after so many seconds.
+        `SrdError` says what it still complains of after `Timing.hang_up`.
         """
         self._signal(signal.SIGHUP)
-        deadline = boottime() + seconds
+        deadline = boottime() + self._timing.hang_up
         while (complaint := (await self._question())[0]) is not None:
             if boottime() >= deadline:
                 raise SrdError("reload", self.service, complaint, f"srd logs {self.service} may say why")

@@ -19,6 +19,7 @@ class Timing:
     hung_after: float = 30.0
     hung_grace: float = 2.0
     slow_limit: float = 600.0
+    hang_up: float = 10.0  # stunnel serves a new certificate 5 ms after SIGHUP; a loaded machine may take a while
 
 
 @dataclass(frozen=True, slots=True)

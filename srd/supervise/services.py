@@ -43,8 +43,6 @@ log = structlog.get_logger(__name__)
 
 # What a busy balancer may have under way at once while stunnel is started; the kernel bounds it by net.core.somaxconn.
 TLS_BACKLOG: Final = 4096
-# stunnel serves a new certificate 5 ms after SIGHUP; a loaded machine may take a while.
-HANG_UP_SECONDS: Final = 10.0
 STUNNEL_GRACE_SECONDS: Final = 2.0
 SENTINEL_GRACE_SECONDS: Final = 5.0
 
@@ -130,7 +128,7 @@ class Services:
         if stunnel is None or stunnel.state not in RUNNING or not await asyncio.to_thread(self._launcher.tls_differs):
             return
         await asyncio.to_thread(self._launcher.write_tls)
-        await stunnel.hang_up(HANG_UP_SECONDS)
+        await stunnel.hang_up()
         log.info("stunnel has taken a new certificate in")
 
     async def run(self) -> None:

@@ -10,11 +10,12 @@ import socket
 import ssl
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import pytest
-from support.nodes import PATIENCE, Member, world
+from support.nodes import PATIENCE, QUICK, Member, world
 
 from srd.model import Endpoint, Service, SrdError
 from srd.supervise.programs import check_endpoint, listen_endpoints
@@ -158,12 +159,9 @@ async def test_a_stop_refuses_clients_at_once_and_frees_the_port() -> None:
             assert check_endpoint(endpoint) is None
 
 
-async def test_a_certificate_that_stunnel_cannot_use_is_said_and_the_former_one_goes_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("srd.supervise.services.HANG_UP_SECONDS", 1.0)
+async def test_a_certificate_that_stunnel_cannot_use_is_said_and_the_former_one_goes_on() -> None:
     with world() as (member,):
-        async with member.supervised() as node:
+        async with member.supervised(replace(QUICK, hang_up=1)) as node:
             await node.all_ready()
             before, key = node.pids(), member.paths.config_dir / "tls.key"
             good = key.read_bytes()
