@@ -18,10 +18,11 @@ import structlog
 
 from srd.model import NoAnswerError, PermissionRefusedError, Service, SrdError
 from srd.reconcile import boottime
-from srd.state import Child, ChildState, Symptom
+from srd.state import Child, ChildState
 from srd.supervise.become import send_signal
+from srd.supervise.care import Care
 from srd.supervise.machine import RUNNING, Action, Event, failures_after, restart_pause, transition
-from srd.supervise.pulse import Remedy, Silence, read_pulse, remedy
+from srd.supervise.pulse import Remedy
 from srd.supervise.running import Running, Timing, pidfd_name
 from srd.supervise.tally import NOT_STARTED, UNSEEN, End, Tally, end_of, oom_kills
 from srd.systemd import FdStore
@@ -60,7 +61,7 @@ class Process:
         self._died = died
         self._timing = timing
         self._fds = fds
-        self._deposed = deposed
+        self._care = Care(service, timing, deposed)
         self._state = ChildState.STOPPED
         self._running: Running | None = None
         self._launching: asyncio.Future[Running] | None = None
@@ -76,8 +77,6 @@ class Process:
         self._released = False
         self._tally = Tally()
         self._complaint: str | None = None
-        self._symptom: Symptom | None = None
-        self._silence: Silence | None = None
         self._doom: str | None = None  # why srd ends it, while it does
         self._kill_at: float | None = None
         self._oom_kills = 0
@@ -106,7 +105,7 @@ class Process:
             last_exit=self._tally.last,
             retry_at=self._retry_at,
             waiting_for=self.waiting_for or (f"an answer ({self._complaint})" if self._complaint else None),
-            symptom=self._symptom,
+            symptom=self._care.symptom,
             lately=self._tally.lately,
         )
 
@@ -189,7 +188,7 @@ class Process:
                 return  # the answer is about a child that has ended meanwhile
             if complaint is None:
                 failures = 0
-                self._answered()
+                self._answered(running)
             else:
                 failures += 1
                 was_ready = self._state is ChildState.READY
@@ -217,43 +216,34 @@ class Process:
             return f"no answer within {self._timing.probe_timeout:g} s", True
         return None, False
 
-    def _answered(self) -> None:
+    def _answered(self, running: Running) -> None:
         self._doom = self._kill_at = None
         self._oom_kills = oom_kills()
-        self._heard()
+        self._treat(running, silent=False)
         self._complain(None)
         self._apply(Event.ANSWERED)
 
-    def _heard(self) -> None:
-        self._silence = None
-        if self._symptom is not None:
-            self._symptom = None
-            self._changed()
-
     def _treat(self, running: Running, *, silent: bool) -> None:
         """Find out why the child does not answer, and do what helps: a child that is only slow is left alone."""
-        now = boottime()
-        if not silent:
-            self._heard()
-            return
-        if self._silence is None:
-            self._silence = Silence(now, hung_after=self._timing.hung_after)
-        symptom = self._silence.judge(read_pulse(running.pid), now)
-        if symptom is not self._symptom and not (symptom is Symptom.SLOW and self._state is ChildState.READY):
-            log.warning("child is silent", service=self.service, pid=running.pid, symptom=symptom)
-            self._symptom = symptom
+        now, before, chosen = boottime(), self._care.symptom, Remedy.WAIT
+        if silent:
+            chosen = self._care.unheard(running.pid, now, slow_shows=self._state is not ChildState.READY)
+        else:
+            self._care.heard()
+        if self._care.symptom is not before:
+            if silent:
+                log.warning("child is silent", service=self.service, pid=running.pid, symptom=self._care.symptom)
             self._changed()
-        slow_limit = None if self.service is Service.REDIS else self._timing.slow_limit
-        chosen = remedy(symptom, now - self._silence.since, slow_limit=slow_limit, deposed=self._deposed())
         if chosen is Remedy.RESUME:
             log.warning("child was stopped: it is continued", service=self.service, pid=running.pid)
             self._signal(signal.SIGCONT)
         elif chosen is not Remedy.WAIT:
-            self._end_silent(symptom, now, at_once=chosen is Remedy.KILL)
+            self._end_silent(now, at_once=chosen is Remedy.KILL)
 
-    def _end_silent(self, symptom: Symptom, now: float, *, at_once: bool) -> None:
+    def _end_silent(self, now: float, *, at_once: bool) -> None:
         """End a child that will not answer any more; its end is followed by a pause and a start, as any other."""
         if self._kill_at is None:
+            symptom = self._care.symptom
             never = ", and was never ready" if self._ready_since is None else ""
             self._doom = f"srd ended it: it was {symptom}{never}"
             log.warning("child is ended", service=self.service, pid=self.pid, symptom=symptom)
@@ -362,7 +352,8 @@ class Process:
         self._note_end(end, expected=self._state is ChildState.STOPPING)
         log.info("child ended", service=self.service, pid=running.pid, how=end.words)
         self._running = None
-        self._complaint = self._symptom = self._silence = self._doom = self._kill_at = None
+        self._complaint = self._doom = self._kill_at = None
+        self._care.heard()
         self._alive.clear()
         self._ended.set()
         self._died()

@@ -73,7 +73,7 @@ class Silence:
         """Say what is the matter, by one more look."""
         if pulse is None:
             return Symptom.SLOW  # whether it has ended is for the pidfd to say
-        if pulse.letter in (_STOPPED, _TRACED) or pulse.letter == _ON_DISK or pulse.ran != self._ran:
+        if pulse.letter in (_STOPPED, _TRACED, _ON_DISK) or pulse.ran != self._ran:
             self._still_since = now
         self._ran = pulse.ran
         if pulse.letter == _STOPPED:
