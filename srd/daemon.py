@@ -18,7 +18,6 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +29,7 @@ from srd import closing
 from srd.cluster import Config
 from srd.conditions import conditions
 from srd.control.server import ControlServer
-from srd.desired import needs_restart
+from srd.desired import differences, needs_restart
 from srd.duties import Duties
 from srd.ipsec import xfrm
 from srd.ipsec.encap import try_sockets
@@ -269,19 +268,8 @@ class Daemon:
             ends, self._bundle = self._bundle.not_after, bundle
             self._write_certificates(bundle.not_after)
             await asyncio.to_thread(closing.remember, self._paths)
-            before, after = ({node.name for node in config.nodes} for config in (old, new))
-            done: dict[str, Any] = {
-                "added": sorted(after - before),
-                "removed": sorted(before - after),
-                "revoked": distrusted,
-            }
-            done |= {"trusted_no_more": sorted(f"{serial:x}" for serial in new.revoked - old.revoked)}
-            done |= {"trusted_again": sorted(f"{serial:x}" for serial in old.revoked - new.revoked)}
-            done |= {"renewed": sorted(name for name, end in bundle.not_after.items() if ends.get(name) != end)}
-            done |= {
-                "settings": replace(old, nodes=new.nodes, revoked=new.revoked, parting_udp_ports=new.parting_udp_ports)
-                != new
-            }
+            renewed = sorted(name for name, end in bundle.not_after.items() if ends.get(name) != end)
+            done = {**differences(old, new), "revoked": distrusted, "renewed": renewed}
             log.info("reloaded", **done)
             return done
 

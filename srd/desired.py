@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
@@ -193,6 +193,19 @@ def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
     changed += [key for key in ("cluster", "listen_localhost") if getattr(old, key) != getattr(new, key)]
     mine = next((other for other in new.nodes if other.name == node.name), None)
     return tuple(changed) if mine == node else (*changed, f"node {node.name}")
+
+
+def differences(old: Config, new: Config) -> dict[str, list[str] | bool]:
+    """Return what a reload changes, for people: names of nodes, serials in hex, and whether any other setting does."""
+    before, after = ({node.name for node in config.nodes} for config in (old, new))
+    named = replace(old, nodes=new.nodes, revoked=new.revoked, parting_udp_ports=new.parting_udp_ports)
+    return {
+        "added": sorted(after - before),
+        "removed": sorted(before - after),
+        "trusted_no_more": sorted(f"{serial:x}" for serial in new.revoked - old.revoked),
+        "trusted_again": sorted(f"{serial:x}" for serial in old.revoked - new.revoked),
+        "settings": named != new,
+    }
 
 
 def services(situation: Situation, start: Start) -> Mapping[Service, Wanted]:

@@ -8,7 +8,7 @@ import pytest
 from support.situations import arbiter_situation, primary_situation
 
 from srd.config import parse_config
-from srd.desired import Start, Wanted, needs_restart, services
+from srd.desired import Start, Wanted, differences, needs_restart, services
 from srd.model import Service
 from srd.state import Child, ChildState, Kernel, Situation
 
@@ -109,3 +109,22 @@ def test_what_a_running_node_can_take_in(changes: dict[str, str], stuck: tuple[s
     whole = {"top": "", "address": "192.0.2.1", "more": ""}
     old, new = (parse_config(RELOADED.format(**values), "cluster.toml") for values in (whole, whole | changes))
     assert needs_restart(old, new, old.node("redis-1")) == stuck
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("", {}),
+        ('[[node]]\nname = "redis-3"\naddresses = ["192.0.2.3"]', {"added": ["redis-3"]}),
+        ('[trust]\nrevoked = ["0a:ff"]', {"trusted_no_more": ["aff"]}),
+        ("[http]\nmax_connections = 9", {"settings": True}),
+        ('[ipsec]\nsuites = ["aes-256-gcm"]\n[trust]\nrevoked = ["1"]', {"trusted_no_more": ["1"], "settings": True}),
+    ],
+)
+def test_what_a_reload_says_of_two_files_and_of_the_way_back(more: str, said: dict[str, object]) -> None:
+    lists = ("added", "removed", "trusted_no_more", "trusted_again")
+    nothing: dict[str, object] = {name: [] for name in lists} | {"settings": False}
+    old, new = (parse_config(RELOADED.format(top="", address="192.0.2.1", more=text), "x") for text in ("", more))
+    assert differences(old, new) == nothing | said
+    opposite = {"added": "removed", "trusted_no_more": "trusted_again"}
+    assert differences(new, old) == nothing | {opposite.get(what, what): value for what, value in said.items()}
