@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections import Counter, deque
@@ -64,6 +65,7 @@ def oom_kills() -> int:
     return 0
 
 
+@functools.cache  # asked for at every answer of every child, and srd stays in its group
 def _own_cgroup() -> Path:
     try:
         lines = _CGROUP.read_text(encoding="utf-8", errors="replace").splitlines()
