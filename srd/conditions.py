@@ -12,7 +12,7 @@ from srd.state import ChildState, DiskTrouble, Situation, Symptom, services_of
 
 # A link that is being keyed for the first time takes about a second in production and some in a slow lab.
 CHANNEL_HOLD_SECONDS: Final = 5.0
-# Five ends in two minutes are no accident: the back-off allows six in that time.
+# Five ends in two minutes are no accident: the back-off allows thirteen in that time, of what ends at once.
 FLAPPING_ENDS: Final = 5
 FLAPPING_SECONDS: Final = 120.0
 CERTIFICATE_WARNING_SECONDS: Final = 14 * 86400.0
