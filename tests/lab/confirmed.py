@@ -18,13 +18,17 @@ import select
 import socket
 import sys
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+T = TypeVar("T")
 
 TARGET: Final = ("127.0.0.1", 6379)
 # For an answer. The lab's nodes share two CPUs: what is late there is no failure.
 ANSWER_SECONDS: Final = 15.0
 CONFIRM_MILLISECONDS: Final = 5000
 PAUSE_SECONDS: Final = 0.02
+PATIENCE_SECONDS: Final = 60.0
 REPORTED: Final = 10
 CHUNK: Final = 200
 
@@ -131,11 +135,12 @@ class Writer:
         }
 
 
-def missing(writer: Writer) -> list[int]:
-    deadline = time.monotonic() + 60
+def persistently(ask: Callable[[], T]) -> T:
+    """Ask until redis answers: the balancer has to find the primary first."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return writer.missing()
+            return ask()
         except OSError:
             if time.monotonic() > deadline:
                 raise
@@ -145,15 +150,7 @@ def missing(writer: Writer) -> list[int]:
 def main() -> int:
     """Write until standard input ends."""
     client = Client(os.environ["REDISCLI_AUTH"])
-    deadline = time.monotonic() + 60
-    while True:  # until the balancer has found the primary
-        try:
-            client.ask("PING")
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(PAUSE_SECONDS)
+    persistently(lambda: client.ask("PING"))
     writer = Writer(client)
     writes = True
     print("writing", flush=True)
@@ -163,7 +160,7 @@ def main() -> int:
             if not word:
                 return 0
             writes = writes and word != "end"
-            answers = {"count": writer.count, "missing": lambda: missing(writer), "end": writer.figures}
+            answers = {"count": writer.count, "missing": lambda: persistently(writer.missing), "end": writer.figures}
             print(json.dumps(answers[word]()), flush=True)
         elif writes:
             writer.write()
