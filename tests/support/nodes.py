@@ -20,6 +20,8 @@ import redis.exceptions
 
 from srd.cluster import Config, Node
 from srd.desired import Start
+from srd.ha.lease import endpoint_of
+from srd.ha.sentinel import RedisClient, SentinelClient
 from srd.model import NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import Loop, boottime, until_first
 from srd.state import ChildState, Situation, Store, View
@@ -80,11 +82,20 @@ class Member:
             return await client.execute_command(*command)  # type: ignore[no-untyped-call]
 
     def probe(self, service: Service) -> Callable[[], Awaitable[None]]:
+        """Ask as srd does. redis-py's client would not do: cancelled while it closes, it leaves its connection open."""
+
         async def resp() -> None:
+            client: RedisClient | SentinelClient
+            if service is Service.REDIS:
+                client = RedisClient(endpoint_of(self.config, self.node), self.secrets)
+                question = client.ping
+            else:
+                client = SentinelClient(self.config, self.node, self.secrets)
+                question = client.known
             try:
-                await self.ask("PING", service=service)
-            except (redis.exceptions.RedisError, OSError) as error:
-                raise SrdError("ask", service, str(error)) from error
+                await question()
+            finally:
+                await client.close()
 
         async def tls() -> None:
             endpoints = listen_endpoints(self.config, self.node, Service.STUNNEL)
