@@ -21,9 +21,10 @@ import structlog
 
 from srd.cluster import Config, Node
 from srd.ha.lease import assess, endpoint_of, fresh
+from srd.ha.redis import RedisClient
 from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
-from srd.ha.sentinel import SUBSCRIBED, Event, RedisClient, SentinelClient
+from srd.ha.sentinel import SUBSCRIBED, Event, SentinelClient
 from srd.model import Endpoint, NodeKind, Role, Secrets
 from srd.reconcile import Loop, boottime, until_first
 from srd.state import Redis, RoleChange, SentinelAnswer, Store

@@ -243,3 +243,8 @@ def alive(subject: str, reply: Any) -> None:
     """Check the reply to PING. -MASTERDOWN (replica-serve-stale-data no) is a sign of life, too."""
     if not isinstance(reply, resp.MasterDownError):
         checked(subject, reply, str)
+
+
+def flag(text: str) -> bool:
+    """Return what INFO means by 0 and 1; another text is none of it."""
+    return {"0": False, "1": True}[text]

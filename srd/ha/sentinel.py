@@ -1,4 +1,4 @@
-"""What srd asks of a redis and of a sentinel, and what the answers mean. Every question only reads; `keep_*` set.
+"""What srd asks of a sentinel and tells it, and what the answers mean.
 
 Sentinel's answer is made of three commands of one pipeline, GET-MASTER-ADDR-BY-NAME last. The leader of a failover
 names the promoted replica there from +promoted-slave on (sentinel.c, sentinelGetCurrentMasterAddress), but goes on
@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from srd.cluster import Config, Node
-from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, RespError, UnexpectedReplyError, Wire, alive, checked
-from srd.model import Endpoint, Role, Secrets
+from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, RespError, UnexpectedReplyError, Wire, checked, flag
+from srd.model import Endpoint, Secrets
 from srd.reconcile import backoff_seconds, boottime
-from srd.state import Redis, ReplicaOf, SentinelAnswer
+from srd.state import SentinelAnswer
 
 # A lost subscription delays nothing but wake-ups, so it may be sought often.
 RESUBSCRIBE_CAP_SECONDS: Final = 1.0
 SUBSCRIBED: Final = "subscribed"
 PROMOTED: Final = "promoted"
 
-REDIS_USER: Final = "srd"
 # requirepass in sentinel.conf is the password of its user `default`.
 SENTINEL_USER: Final = "default"
 
@@ -38,93 +37,6 @@ class Event:
     node: str
     name: str
     payload: str
-
-
-class RedisClient:
-    """Asks one redis, as the user `srd`."""
-
-    _QUESTIONS: Final = (
-        ("INFO", "server"),
-        ("INFO", "replication"),
-        ("INFO", "persistence"),
-        ("INFO", "keyspace"),
-        ("CONFIG", "GET", "min-replicas-to-write"),
-        ("CONFIG", "GET", "save"),
-    )
-
-    def __init__(self, endpoint: Endpoint, secrets: Secrets, *, clock: Callable[[], float] = boottime) -> None:
-        self._wire = Wire("redis", endpoint, Credentials(REDIS_USER, secrets.srd_password))
-        self._clock = clock
-
-    async def observe(self, seconds: float = ANSWER_SECONDS) -> Redis:
-        """Return what it says of itself, also while it loads. `ping_seconds` is the time until the whole answer."""
-        asked = self._clock()
-        replies = await self._wire.ask(*self._QUESTIONS, seconds=seconds)
-        took = self._clock() - asked
-        subject = self._wire.subject
-        info = Fields.of_info(subject, replies[:4])
-        settings = [Fields.of_list(subject, reply) for reply in replies[4:]]
-        return _redis(info, *settings, asked=asked, took=took)
-
-    async def keep_fence(self, replicas: int, seconds: float = ANSWER_SECONDS) -> None:
-        """Have it refuse writes while fewer replicas than this are in touch."""
-        (reply,) = await self._wire.ask(("CONFIG", "SET", "min-replicas-to-write", str(replicas)), seconds=seconds)
-        checked(self._wire.subject, reply, str)
-
-    async def ping(self, seconds: float = ANSWER_SECONDS) -> None:
-        """Return when it serves; `LoadingError` while it loads. A replica does so without its primary, too."""
-        (reply,) = await self._wire.ask(("PING",), seconds=seconds)
-        alive(self._wire.subject, reply)
-
-    async def close(self) -> None:
-        """Close the connection."""
-        await self._wire.close()
-
-
-def _redis(info: Fields, min_replicas: Fields, save: Fields, *, asked: float, took: float) -> Redis:
-    replica = info.get("role", {"master": False, "slave": True}.__getitem__)
-    # Valkey answers redis_version 7.2.4 for ever and says its own version apart.
-    version = info.get("valkey_version", "valkey {}".format) if "valkey_version" in info else ""
-    return Redis(
-        answered=asked,
-        version=version or info.get("redis_version", str),
-        run_id=info.get("run_id", str),
-        role=Role.REPLICA if replica else Role.PRIMARY,
-        loading=info.get("loading", _flag),
-        replid=info.get("master_replid", str),
-        offset=info.get("slave_repl_offset" if replica else "master_repl_offset", int),
-        uptime_seconds=info.get("uptime_in_seconds", int),
-        dbsize=sum(database.get("keys", int) for database in info.lines("db")),
-        min_replicas_to_write=min_replicas.get("min-replicas-to-write", int),
-        persistence=info.get("aof_enabled", _flag) or bool(save.get("save", str)),
-        primary=info.endpoint("master_host", "master_port") if replica else None,
-        link_up=replica and info.get("master_link_status", {"up": True, "down": False}.__getitem__),
-        sync_in_progress=replica and info.get("master_sync_in_progress", _flag),
-        replicas=tuple(_replica(line) for line in info.lines("slave")),
-        ping_seconds=took,
-        unsaved=_unsaved(info),
-    )
-
-
-def _unsaved(info: Fields) -> str | None:
-    """Return which file redis could not write; until it can, it refuses writes of clients (MISCONF)."""
-    files = {"aof_last_write_status": "append-only file", "rdb_last_bgsave_status": "snapshot (RDB)"}
-    # A kernel without memory for the copy, or a disk that is full, shows in either.
-    failed = (what for name, what in files.items() if name in info and info.get(name, str) != "ok")
-    return next(failed, None)
-
-
-def _replica(line: Fields) -> ReplicaOf:
-    return ReplicaOf(
-        endpoint=line.endpoint("ip", "port"),
-        state=line.get("state", str),
-        offset=line.get("offset", int),
-        lag_seconds=line.get("lag", int),
-    )
-
-
-def _flag(text: str) -> bool:
-    return {"0": False, "1": True}[text]
 
 
 # Milliseconds; sentinel.c has 10,000, 2,000 and 1,000. A sentinel learns of replicas by INFO only: at its own pace, a
@@ -157,7 +69,7 @@ class SentinelClient:
             seconds=seconds,
         )
         subject = self._wire.subject
-        tilt = Fields.of_info(subject, [about]).get("sentinel_tilt", _flag)
+        tilt = Fields.of_info(subject, [about]).get("sentinel_tilt", flag)
         if named is None:
             return SentinelAnswer(self.node, asked, None, 0, tilt, 0, 0)
         host, port = checked(subject, named, list)

@@ -20,8 +20,9 @@ from srd.cluster import Config
 from srd.config import parse_config
 from srd.ha.lease import endpoint_of
 from srd.ha.observe import REDIS_POLL_SECONDS, Observer
+from srd.ha.redis import RedisClient
 from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
-from srd.ha.sentinel import PACE, SUBSCRIBED, RedisClient, SentinelClient
+from srd.ha.sentinel import PACE, SUBSCRIBED, SentinelClient
 from srd.model import Endpoint, Role, Secret, Secrets
 from srd.reconcile import boottime
 from srd.state import Store, View

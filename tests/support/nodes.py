@@ -21,7 +21,8 @@ import redis.exceptions
 from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.ha.lease import endpoint_of
-from srd.ha.sentinel import RedisClient, SentinelClient
+from srd.ha.redis import RedisClient
+from srd.ha.sentinel import SentinelClient
 from srd.model import NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import Loop, boottime, until_first
 from srd.state import ChildState, Situation, Store, View
