@@ -16,8 +16,10 @@ KEYING_PORT: Final = 849
 KEYING_CLIENT_PORTS: Final = range(840, 848)
 
 # Sentinel pings once a second, so a silent loss is seen up to a second late (sentinel.c SENTINEL_PING_PERIOD): a lease
-# that ends a second before `down_after` has ended before any majority can begin to replace its holder.
+# that ends a second before `down_after` has ended before any majority can begin to replace its holder by itself. srd
+# has them begin sooner, after ha/silence.py's REPLACE_SECONDS, and before those, too, a lease has ended.
 LEASE_MARGIN_SECONDS: Final = 1.0
+LEASE_SECONDS: Final = 2.0
 # redis' own fence: a primary that is cut off stops acknowledging writes after at most MIN_REPLICAS_MAX_LAG + 2 s
 # (2.06 to 2.94 s measured for 2), which must be over before a majority can promote another one.
 MIN_REPLICAS_MAX_LAG: Final = 2
@@ -216,4 +218,4 @@ class Config:
     @property
     def primary_lease(self) -> float:
         """How long, in seconds from when they were asked, the word of a majority of sentinels holds."""
-        return self.sentinel.down_after - LEASE_MARGIN_SECONDS
+        return min(LEASE_SECONDS, self.sentinel.down_after - LEASE_MARGIN_SECONDS)

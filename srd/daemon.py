@@ -39,7 +39,7 @@ from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.listening import Listeners, kept_endpoints
 from srd.members import own_report
-from srd.model import ConfigError, Credentials, Identity, IpsecMode, Paths, RefusedError, Service, SrdError
+from srd.model import Body, ConfigError, Credentials, Identity, IpsecMode, Paths, RefusedError, Service, SrdError
 from srd.preflight import Cleared, clear
 from srd.protection import PASS_SECONDS, Protection
 from srd.reconcile import Loop, boottime, contained, until_first
@@ -120,7 +120,9 @@ class Daemon:
                 store=self._store,
                 situation=self.situation,
                 fds=fds,
+                ask_peer=self._ask_peer,
             )
+        self._keying: Keying | None = None
         fds.drop_rest()
 
     def situation(self) -> Situation:
@@ -155,8 +157,10 @@ class Daemon:
             stack.callback(asyncio.get_running_loop().call_later(KNOWING_LIMIT_SECONDS, self._known.set).cancel)
             if self._duties is not None:
                 stack.callback(self._duties.release)
+                stack.push_async_callback(self._duties.close)
                 bodies += self._duties.bodies
             keying: Keying = self._make_keying(installer, lambda identity: self._join(keying, identity))
+            self._keying = keying
             await self._forget(keying.distrusted())
             listeners = keying.listen()
             stack.callback(_close, listeners)
@@ -200,7 +204,18 @@ class Daemon:
             mark=KEYING_MARK if self._config.ipsec.mode is IpsecMode.ESP else None,
             serials=SerialsFile(self._paths.run_dir / FILE_NAME),
             join=join,
+            answer=self._answer_peer,
         )
+
+    async def _ask_peer(self, peer: str, topic: str, body: Body, seconds: float) -> Body:
+        if self._keying is None:
+            raise RefusedError("ask", peer, "this srd is not connected yet")
+        return await self._keying.ask(peer, topic, body, seconds)
+
+    async def _answer_peer(self, peer: str, topic: str, body: Body) -> Body:
+        if self._duties is None:
+            raise RefusedError("answer", topic, f"{self._node.name} runs no services")
+        return await self._duties.answer(peer, topic, body)
 
     def _wants_keys(self, peer: str) -> bool:
         """Whether a link lacks keys (somebody deleted them) or those that it has are worn."""

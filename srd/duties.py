@@ -12,9 +12,9 @@ from typing import Any, Final
 from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.ha import restart
-from srd.ha.lease import endpoint_of
-from srd.ha.observe import Observer
-from srd.model import Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
+from srd.ha.primacy import Primacy
+from srd.ha.promotion import AskPeer
+from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.state import ChildState, Situation, Store, View, services_of
 from srd.supervise.disks import Disks
@@ -46,12 +46,13 @@ class Duties:
         store: Store,
         situation: Callable[[], Situation],
         fds: FdStore,
+        ask_peer: AskPeer,
     ) -> None:
         self._config, self._node, self._paths = config, node, paths
         self._situation = situation
         self._store, self._view = store, store.view
         self._death: restart.Death | None = None
-        self._observer = Observer(config, node, secrets, store, wake=(self._wake,))
+        self._primacy = Primacy(config, node, secrets, store, situation=situation, ask_peer=ask_peer, wake=self._wake)
         self._services = Services(
             config=config,
             node=node,
@@ -65,13 +66,13 @@ class Duties:
             died=self._note_death,
             wake=self._wake,
             fds=fds,
-            deposed=self._deposed,
+            deposed=lambda: self._primacy.deposed,
         )
         self._loop = Loop("services", self._services.reconcile, resync=RESYNC_SECONDS, timeout=PASS_SECONDS)
         look = Disks(paths, store.writer("disks"), self._services.retry).reconcile
         disks = Loop("disks", look, resync=DISKS_RESYNC_SECONDS, timeout=DISKS_PASS_SECONDS)
-        self.bodies = (self._observer.run, self._services.run, self._loop.run, disks.run)
-        self.loops = (self._observer.loop, self._loop)
+        self.bodies = (*self._primacy.bodies, self._services.run, self._loop.run, disks.run)
+        self.loops = (*self._primacy.loops, self._loop)
 
     async def ready(self) -> None:
         """Return when the services have been looked at; they may wait for peers for long."""
@@ -80,12 +81,20 @@ class Duties:
     async def adopt(self, config: Config) -> None:
         """Take a changed file in; what follows from the number of nodes, the observer sets in redis and sentinel."""
         self._config = config
-        self._observer.adopt(config)
+        self._primacy.adopt(config)
         await self._services.adopt(config)
 
     async def stop(self) -> None:
         """End the services in order."""
         await self._services.stop_all()
+
+    async def close(self) -> None:
+        """Close the connections by which it acts on other nodes."""
+        await self._primacy.close()
+
+    async def answer(self, peer: str, topic: str, body: Body) -> Body:
+        """Answer another node's srd; `RefusedError` says why not."""
+        return await self._primacy.answer(peer, topic, body)
 
     async def restart(self, service: Service, *, force: bool, seconds: float) -> int:
         """End a service and have it started again; return its new pid when it is ready.
@@ -131,10 +140,11 @@ class Duties:
     def _probes(self) -> dict[Service, Probe]:
         """Return how each service is asked whether it does its job; only ha/ speaks to redis and sentinel."""
         probes: dict[Service, Probe] = {}
-        redis = self._observer.redis
+        observer = self._primacy.observer
+        redis = observer.redis
         if redis is not None:
             probes[Service.REDIS] = redis.ping
-        own = self._observer.sentinels.get(self._node.name)
+        own = observer.sentinels.get(self._node.name)
         if own is not None:
             probes[Service.SENTINEL] = own.known
         probes[Service.STUNNEL] = lambda: probe_tls(
@@ -151,17 +161,10 @@ class Duties:
         holds_data = runs or await asyncio.to_thread(self._holds_data)
         return restart.start(self._situation(), self._death, holds_data=holds_data)
 
-    def _deposed(self) -> bool:
-        """Whether this node's redis was primary when it last answered, and a majority names another one now."""
-        lease = self._view().lease
-        named = lease.primary if lease is not None else None
-        own = endpoint_of(self._config, self._node)
-        return self._observer.last_role is Role.PRIMARY and named not in (None, own)
-
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""
         if service is Service.REDIS:
-            self._death = self._observer.death()
+            self._death = self._primacy.died()
 
     def _holds_data(self) -> bool:
         """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""

@@ -113,6 +113,10 @@ class Secret:
         raise TypeError(msg)
 
 
+# What one srd asks of another, or answers: plain values by name.
+Body = Mapping[str, str | int | float | bool | None]
+
+
 class NodeKind(enum.StrEnum):
     """What a mesh member runs."""
 

@@ -162,6 +162,7 @@ class Redis:
     sync_in_progress: bool = False
     replicas: tuple[ReplicaOf, ...] = ()
     ping_seconds: float = 0.0
+    priority: int = 100  # replica-priority: the lower, the sooner a sentinel promotes it; 0 never
     unsaved: str | None = None  # which of its files it could not write when it last tried
 
 
@@ -176,7 +177,10 @@ class DiskTrouble(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SentinelAnswer:
-    """What one node's sentinel last said; `asked` is CLOCK_BOOTTIME seconds of when it was asked, not of the answer."""
+    """What one node's sentinel last said; `asked` is CLOCK_BOOTTIME seconds of when it was asked, not of the answer.
+
+    `down_after` and `unanswered` are of the primary that it shows, which is the former one while a failover ends.
+    """
 
     node: str
     asked: float
@@ -187,6 +191,8 @@ class SentinelAnswer:
     known_replicas: int
     flags: frozenset[str] = frozenset()
     quorum: int = 0
+    down_after: float = 0.0  # seconds
+    unanswered: float | None = None  # CLOCK_BOOTTIME seconds of the primary's first ping that has no reply, if any
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +251,9 @@ class View:
     backstop: Backstop | None = None
     redis: Redis | None = None
     sentinels: Mapping[str, SentinelAnswer] = field(default_factory=dict)
+    # By node, since when its sentinel answers nothing: when the first question was asked that had no answer.
+    silent: Mapping[str, float] = field(default_factory=dict)
+    fenced: bool = False
     lease: Lease | None = None
     history: tuple[RoleChange, ...] = ()
     sentinel_events: Mapping[str, int] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """Watches redis and the sentinels and writes down what they say.
 
-Of its own redis and sentinel it keeps true what follows from the number of nodes, which may change while they run: how
-many replicas a write needs, how many sentinels a verdict; and the sentinel's pace.
+Of its own redis and sentinel it keeps true what may differ while they run: how many sentinels a verdict needs, which
+follows from the number of nodes; the sentinel's pace; and what a failover may have left behind (ha/strays.py).
 
 Every one of them is asked by a loop of its own, so that one that does not answer delays no other, and every answer is
 published at once. A sentinel's last answer stays until it is too old to count. Events of the sentinels only wake the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,11 +21,13 @@ from typing import Final
 import structlog
 
 from srd.cluster import Config, Node
+from srd.ha.custody import Custody
 from srd.ha.lease import assess, endpoint_of, fresh
 from srd.ha.redis import RedisClient
 from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
-from srd.ha.sentinel import SUBSCRIBED, Event, SentinelClient
+from srd.ha.sentinel import PACE_SECONDS, SELECTED, SUBSCRIBED, Event, SentinelClient
+from srd.ha.strays import DOWN_AFTER_SECONDS, PRIORITY_SECONDS, Stray
 from srd.model import Endpoint, NodeKind, Role, Secrets
 from srd.reconcile import Loop, boottime, until_first
 from srd.state import Redis, RoleChange, SentinelAnswer, Store
@@ -32,19 +35,21 @@ from srd.state import Redis, RoleChange, SentinelAnswer, Store
 log = structlog.get_logger(__name__)
 
 REDIS_POLL_SECONDS: Final = 0.5
-# A sentinel that answers is asked at least four times in a lease, and at least every second.
+# A sentinel that answers at once is asked four times in a lease, a slow one twice.
 QUESTIONS_PER_LEASE: Final = 4
 SENTINEL_POLL_SECONDS: Final = 1.0
 HISTORY_LENGTH: Final = 100
+REPLICA_PRIORITY: Final = 100
 # What a pass may take beyond its question: nothing in it waits for anyone else.
 _PASS_SLACK_SECONDS: Final = 2.0
 
 
 class Observer:
-    """Keeps `redis`, `sentinels`, `lease`, `history` and `sentinel_events` of the view true.
+    """Keeps `redis`, `sentinels`, `silent`, `lease`, `history` and `sentinel_events` of the view true.
 
     The daemon runs `run`, which is made of `loop` (the local redis), `ask_sentinels` and `events`. `wake` holds what
-    shall be woken at each event besides the observer itself.
+    shall be woken at each event besides the observer itself, `heard` what gets each event. `custody` is what this node
+    has given away of its lease, or was given of another's.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Observer:
         clock: Callable[[], float] = boottime,
         wall_clock: Callable[[], float] = time.time,
         wake: Sequence[Callable[[], None]] = (),
+        heard: Sequence[Callable[[Event], None]] = (),
+        custody: Custody | None = None,
     ) -> None:
         self._config = config
         self._node = node
@@ -64,8 +71,11 @@ class Observer:
         self._clock = clock
         self._wall_clock = wall_clock
         self._callbacks = tuple(wake)
+        self._hearers = tuple(heard)
+        self._custody = custody if custody is not None else Custody()
         self._write_redis = store.writer("redis")
         self._write_sentinels = store.writer("sentinels")
+        self._write_silent = store.writer("silent")
         self._write_lease = store.writer("lease")
         self._write_history = store.writer("history")
         self._write_events = store.writer("sentinel_events")
@@ -73,6 +83,9 @@ class Observer:
         if node.kind is NodeKind.REDIS:
             self.redis = RedisClient(endpoint_of(config, node), secrets, clock=clock)
         self._answers: dict[str, SentinelAnswer] = {}
+        self._silent: dict[str, float] = {}
+        self._hasty, self._preferred = Stray(DOWN_AFTER_SECONDS), Stray(PRIORITY_SECONDS)
+        self._paced = float("-inf")
         self._events: dict[str, int] = {}
         self._last_role = Role.UNKNOWN
         self.redis_error: str | None = None
@@ -97,13 +110,12 @@ class Observer:
             for voter in config.voters
         }
         share = min(SENTINEL_POLL_SECONDS, config.primary_lease / QUESTIONS_PER_LEASE)
-        # Half of the share is the pause, so the answer may take the other half. One that takes longer is still taken.
         self._question_seconds = share
         self._askers = {
             name: Loop(
                 f"ask the sentinel of {name}",
                 partial(self._ask, client),
-                resync=share / 2,
+                resync=share,
                 timeout=share + _PASS_SLACK_SECONDS,
             )
             for name, client in self.sentinels.items()
@@ -117,6 +129,7 @@ class Observer:
         moved = {node.name for node in former if node not in config.voters}
         self._former += [client for name, client in self.sentinels.items() if name in moved]
         self.sentinels = {name: client for name, client in self.sentinels.items() if name not in moved}
+        self._silent = {name: since for name, since in self._silent.items() if name not in moved}
         self._watch(config)
         self._changed.set()
 
@@ -162,19 +175,14 @@ class Observer:
         seen = await self._observe_redis(self.redis) if self.redis is not None else None
         if seen is not None:
             self._last_role = seen.role
+            if seen.role is Role.REPLICA:
+                self._custody.lose(seen.answered)
         self._write_redis(seen)
         self._publish()
-        if seen is not None and self.redis is not None and self._fence_differs(seen):
-            await self.redis.keep_fence(self._config.min_replicas_to_write)
-
-    def _fence_differs(self, seen: Redis) -> bool:
-        """Whether redis should demand another number of replicas; a primary more of them only once it has them.
-
-        A file with two more nodes must not stop the writes until these have come.
-        """
-        wanted, demanded = self._config.min_replicas_to_write, seen.min_replicas_to_write
-        online = sum(1 for replica in seen.replicas if replica.state == "online")
-        return wanted != demanded and (wanted < demanded or seen.role is Role.REPLICA or online >= wanted)
+        if seen is not None and self.redis is not None:
+            differs = seen.priority != REPLICA_PRIORITY
+            if self._preferred.is_due(differs=differs, now=self._clock()):
+                await self.redis.keep_priority(REPLICA_PRIORITY)
 
     async def _observe_redis(self, client: RedisClient) -> Redis | None:
         # A redis that is down is an observation, not a failure of the observer. Said once per reason.
@@ -193,19 +201,41 @@ class Observer:
         await until_first(*(asker.run for asker in self._askers.values()))
 
     async def _ask(self, client: SentinelClient) -> None:
-        answer = await client.ask(self._question_seconds)
+        asked = self._clock()
+        try:
+            answer = await client.ask(self._question_seconds)
+        except RespError:
+            self._silent.setdefault(client.node, asked)
+            self._write_silent(dict(self._silent))
+            self._paced = float("-inf") if client.node == self._node.name else self._paced
+            raise
+        self._silent.pop(client.node, None)
+        self._write_silent(dict(self._silent))
         self._answers[client.node] = answer
         self._publish()
         if client.node == self._node.name:
-            await client.keep_pace(self._question_seconds)
-            if answer.primary is not None and answer.quorum != self._config.quorum:
-                await client.keep_quorum(self._config.quorum, self._question_seconds)
+            await self._keep(client, answer)
+
+    async def _keep(self, client: SentinelClient, answer: SentinelAnswer) -> None:
+        """Keep true what this node's own sentinel should have set."""
+        config, bound = self._config, self._question_seconds
+        if self._clock() - self._paced >= PACE_SECONDS:
+            await client.keep_pace(bound)
+            self._paced = self._clock()
+        if answer.primary is None:
+            return
+        if answer.quorum != config.quorum:
+            await client.keep_quorum(config.quorum, bound)
+        if self._hasty.is_due(differs=answer.down_after != config.sentinel.down_after, now=self._clock()):
+            await client.keep_down_after(config.sentinel.down_after, bound)
 
     def _publish(self) -> None:
         """Write what follows from the answers. Without a pause in between, so every snapshot is of one mind."""
         now = self._clock()
         self._answers = dict(fresh(self._config, self._answers, now))
         lease = assess(self._config, self._node, self._answers, now)
+        expires = self._custody.held_until(lease.expires, now)
+        lease = dataclasses.replace(lease, held=now < expires, expires=expires)
         self._write_sentinels(dict(self._answers))
         self._write_lease(lease)
         if lease.primary is not None:
@@ -235,6 +265,10 @@ class Observer:
         if event.node == self._node.name and event.name != SUBSCRIBED:
             self._events[event.name] = self._events.get(event.name, 0) + 1
             self._write_events(dict(self._events))
+        if event.name == SELECTED:
+            self._hasty.end_now()
+        for hearer in self._hearers:
+            hearer(event)
         self.wake()
         for callback in self._callbacks:
             callback()

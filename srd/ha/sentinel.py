@@ -24,6 +24,9 @@ from srd.state import SentinelAnswer
 # A lost subscription delays nothing but wake-ups, so it may be sought often.
 RESUBSCRIBE_CAP_SECONDS: Final = 1.0
 SUBSCRIBED: Final = "subscribed"
+SELECTED: Final = "+selected-slave"
+# A sentinel forgets its pace when it is started anew, which its own silence or this many seconds show.
+PACE_SECONDS: Final = 5.0
 PROMOTED: Final = "promoted"
 
 # requirepass in sentinel.conf is the password of its user `default`.
@@ -43,6 +46,7 @@ class Event:
 # primary that dies in the first ten seconds of its replicas has nobody that could take over. It demotes a returned
 # primary after four publish periods. The ping period stays: it also scales who may be promoted.
 PACE: Final = {"info-period": 1000, "publish-period": 500, "ask-period": 200}
+QUICK_INFO_MILLISECONDS: Final = 100
 
 
 class SentinelClient:
@@ -76,6 +80,7 @@ class SentinelClient:
         primary = Fields(subject, {"host": host, "port": port}).endpoint("host", "port")
         master = Fields.of_list(subject, shown)
         flags = master.get("flags", lambda text: frozenset(text.split(",")))
+        pending = master.get("last-ping-sent", int)  # milliseconds since the first ping without a reply; 0 if none
         return SentinelAnswer(
             node=self.node,
             asked=asked,
@@ -86,6 +91,9 @@ class SentinelClient:
             known_replicas=master.get("num-slaves", int),
             quorum=master.get("quorum", int),
             flags=flags if master.endpoint("ip", "port") == primary else frozenset({PROMOTED}),
+            down_after=master.get("down-after-milliseconds", int) / 1000,
+            # Counted from the answer, so at most later than it was: nobody is taken for silent too soon.
+            unanswered=self._clock() - pending / 1000 if pending else None,
         )
 
     async def keep_pace(self, seconds: float = ANSWER_SECONDS) -> None:
@@ -106,7 +114,25 @@ class SentinelClient:
 
     async def keep_quorum(self, quorum: int, seconds: float = ANSWER_SECONDS) -> None:
         """Have it take so many sentinels for enough to call the primary down."""
-        (reply,) = await self._wire.ask(("SENTINEL", "SET", self._master, "quorum", str(quorum)), seconds=seconds)
+        await self._set("quorum", quorum, seconds)
+
+    async def keep_down_after(self, seconds: float, bound: float = ANSWER_SECONDS) -> None:
+        """Have it take the primary, its replicas and the other sentinels for down after so many seconds."""
+        await self._set("down-after-milliseconds", round(seconds * 1000), bound)
+
+    async def priorities(self, seconds: float = ANSWER_SECONDS) -> dict[Endpoint, int]:
+        """Return the replicas that it knows and the priority of each, as it last saw it (by INFO)."""
+        (listed,) = await self._wire.ask(("SENTINEL", "REPLICAS", self._master), seconds=seconds)
+        subject = self._wire.subject
+        replicas = [Fields.of_list(subject, entry) for entry in checked(subject, listed, list)]
+        return {replica.endpoint("ip", "port"): replica.get("slave-priority", int) for replica in replicas}
+
+    async def look_often(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it look at the replicas so often that it soon sees a changed priority; `keep_pace` ends that."""
+        await self._wire.ask(("SENTINEL", "DEBUG", "info-period", str(QUICK_INFO_MILLISECONDS)), seconds=seconds)
+
+    async def _set(self, option: str, value: int, seconds: float) -> None:
+        (reply,) = await self._wire.ask(("SENTINEL", "SET", self._master, option, str(value)), seconds=seconds)
         checked(self._wire.subject, reply, str)
 
     async def known(self, seconds: float = ANSWER_SECONDS) -> None:

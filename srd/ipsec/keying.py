@@ -26,6 +26,7 @@ from srd.ipsec.protocol import Beat, KeyingError, leads
 from srd.ipsec.sockets import Sockets
 from srd.ipsec.strangers import STRANGER_SECONDS, Strangers
 from srd.model import (
+    Body,
     Credentials,
     Identity,
     IpAddress,
@@ -74,6 +75,7 @@ class Keying:
         mark: int | None,
         serials: Serials,
         join: Callable[[Identity], Awaitable[None]],
+        answer: Callable[[str, str, Body], Awaitable[Body]],
     ) -> None:
         self._config = config
         self._node = node
@@ -84,6 +86,7 @@ class Keying:
         self._sockets = Sockets(node, mark)
         self._serials = serials
         self._join = join
+        self._answer = answer
         self._write_channels = store.writer("channels")
         self._write_reports = store.writer("peers")
         self._channels: dict[str, Channel] = {}
@@ -151,6 +154,7 @@ class Keying:
                 keyed=self._serials.note,
                 changed=self._changed,
                 heard=self._heard,
+                answer=self._answer,
             )
             self._peerings[peer.name] = peering
             self._at.update(dict.fromkeys(peer.addresses, peering))
@@ -198,6 +202,13 @@ class Keying:
                     peering.close()
                 for connection in self._arrived:
                     connection.close()
+
+    async def ask(self, peer: str, topic: str, body: Body, seconds: float) -> Body:
+        """Ask another node's srd; `KeyingError` when there is no answer within so many seconds, or a refusal."""
+        peering = self._peerings.get(peer)
+        if peering is None:
+            raise KeyingError(f"ask about the {topic}", peer, "it is no peer of this node")
+        return await peering.ask(topic, body, seconds)
 
     async def renew(self, peers: Collection[str], wait: float) -> None:
         """Have new keys made with these peers; return when both ends use them, or after asking if `wait` is 0.

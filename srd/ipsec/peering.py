@@ -1,4 +1,4 @@
-"""One peer: its one live connection, the heartbeats on it, and when new keys are made.
+"""One peer: its one live connection, the heartbeats and questions on it, and when new keys are made.
 
 The connection of a generation stays open for heartbeats until that of the next one has taken its place: making new
 keys may need many attempts, and a peer that falls silent meanwhile is noticed all the same.
@@ -12,15 +12,15 @@ import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 import structlog
 
 from srd.cluster import Node
 from srd.ipsec.channel import Channel as TlsChannel
-from srd.ipsec.protocol import Beat, KeyingError
+from srd.ipsec.protocol import Ask, Beat, KeyingError, Told, Word
 from srd.ipsec.sas import Generation
-from srd.model import Identity, SrdError
+from srd.model import Body, Identity, SrdError
 from srd.reconcile import boottime, contained, persistently, until_first
 from srd.state import Channel
 
@@ -33,6 +33,9 @@ REKEY_SECONDS: Final = 3600.0
 REKEY_JITTER: Final = 0.1
 # Keys that somebody deletes again and again, or that never suffice, must not keep two nodes busy.
 RENEWAL_FLOOR_SECONDS: Final = 0.5
+# A question has its answer at once, or the promise of one; what needs long is asked for again.
+ANSWERERS: Final = 2
+MOST_ASKED: Final = 16
 # A peer that is down is tried at least this often: a SYN costs less than a second more without heartbeats.
 RETRY_SECONDS: Final = 2.0
 
@@ -43,7 +46,8 @@ class Peering:
     `make` makes a generation of keys over a connection, `beat` is what this node says of itself (its argument:
     whether it wants new keys), `wants_keys` whether the link lacks keys or has worn ones, `trusted` whether a
     certificate is not revoked. `keyed` is told by which certificate keys were made; `changed` and `heard` get every
-    change of the record, and every heartbeat.
+    change of the record, and every heartbeat. `answer` gives the answers to the peer's questions (topic, body), or
+    raises `SrdError`, which the peer is told; it is cancelled when the connection ends.
     """
 
     def __init__(
@@ -57,8 +61,12 @@ class Peering:
         keyed: Callable[[str, int], None],
         changed: Callable[[Channel], None],
         heard: Callable[[Node, Beat], None],
+        answer: Callable[[str, str, Body], Awaitable[Body]],
     ) -> None:
         self.peer = peer
+        self._answer = answer
+        self._number = 0
+        self._asked: dict[int, asyncio.Future[Told]] = {}
         self._make = make
         self._beat = beat
         self._wants_keys = wants_keys
@@ -92,6 +100,26 @@ class Peering:
         renewed = asyncio.Event()
         self._waiting.append(renewed)
         return renewed
+
+    async def ask(self, topic: str, body: Body, seconds: float) -> Body:
+        """Return the peer's answer; `KeyingError` when it refuses one, is not connected, or takes too long."""
+        operation = f"ask about the {topic}"
+        if self._live is None:
+            raise KeyingError(operation, self.peer.name, "it is not connected")
+        self._number = number = self._number + 1
+        answered: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answered
+        try:
+            async with asyncio.timeout(seconds):
+                await self._live.send(Ask(number, topic, body))
+                told = await answered
+        except TimeoutError:
+            raise KeyingError(operation, self.peer.name, f"no answer within {seconds:g} s") from None
+        finally:
+            del self._asked[number]
+        if told.refusal:
+            raise KeyingError(operation, self.peer.name, told.refusal)
+        return told.body
 
     def knock(self) -> None:
         """Hear that the peer has just come up: do not wait to try it again."""
@@ -193,8 +221,10 @@ class Peering:
         The one that is replaced ends with the first heartbeat on its successor, by which both ends know of that:
         were it closed before, the other end would take it for a failure.
         """
+        asked: asyncio.Queue[Ask] = asyncio.Queue(MOST_ASKED)
+        answerers = [partial(self._answer_all, channel, asked) for _ in range(ANSWERERS)]
         try:
-            await until_first(partial(self._listen, channel), partial(self._speak, channel))
+            await until_first(partial(self._listen, channel, asked), partial(self._speak, channel), *answerers)
         except KeyingError as error:
             if self._live is channel:
                 self._live = None
@@ -206,14 +236,35 @@ class Peering:
                 self._end_former()
                 self._due.set()
 
-    async def _listen(self, channel: TlsChannel) -> None:
+    async def _listen(self, channel: TlsChannel, asked: asyncio.Queue[Ask]) -> None:
         while True:
-            beat: Beat = await channel.receive(Beat, SILENCE_SECONDS)
-            self._heard(self.peer, beat)
-            if self._live is channel:
-                self._end_former()
-                if beat.wants_keys:
-                    self._due.set()
+            word = await channel.receive(cast("type[Word]", Word), SILENCE_SECONDS)
+            if isinstance(word, Ask):
+                if asked.full():
+                    raise KeyingError("listen to", self.peer.name, f"it asks more than {MOST_ASKED} things at once")
+                asked.put_nowait(word)
+            elif isinstance(word, Told):
+                answered = self._asked.get(word.number)
+                if answered is not None and not answered.done():
+                    answered.set_result(word)
+            else:
+                self._hear(channel, word)
+
+    def _hear(self, channel: TlsChannel, beat: Beat) -> None:
+        self._heard(self.peer, beat)
+        if self._live is channel:
+            self._end_former()
+            if beat.wants_keys:
+                self._due.set()
+
+    async def _answer_all(self, channel: TlsChannel, asked: asyncio.Queue[Ask]) -> None:
+        while True:
+            question = await asked.get()
+            try:
+                told = Told(question.number, await self._answer(self.peer.name, question.topic, question.body))
+            except SrdError as error:
+                told = Told(question.number, {}, str(error))
+            await channel.send(told)
 
     async def _speak(self, channel: TlsChannel) -> None:
         while True:

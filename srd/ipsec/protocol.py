@@ -37,9 +37,9 @@ from msgspec import Meta
 from srd.cluster import Node
 from srd.ipsec.sas import Generation, KeyedLeg
 from srd.ipsec.suites import KEY_BYTES, SALT_BYTES, choose
-from srd.model import IpAddress, NodeKind, SrdError, Suite
+from srd.model import Body, IpAddress, NodeKind, SrdError, Suite
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 EXPORTER_LABEL: Final = b"EXPORTER-srd-esp"
 SMALLEST_SPI: Final = 0x1000  # RFC 4303 section 2.1 reserves those below 256
 LARGEST_SPI: Final = 0xFFFF_FFFF
@@ -125,6 +125,25 @@ class Beat(Message, frozen=True):
     offset: int | None
     wants_keys: bool
 
+
+class Ask(Message, frozen=True):
+    """A question of one srd to another, about whatever else they do together; `number` comes back with the answer."""
+
+    number: Count
+    topic: str
+    body: Body
+
+
+class Told(Message, frozen=True):
+    """The answer; `refusal` says in a sentence why there is none."""
+
+    number: Count
+    body: Body
+    refusal: str = ""
+
+
+# What may come over a connection that is held.
+Word = Beat | Ask | Told
 
 M = TypeVar("M", bound=Message)
 

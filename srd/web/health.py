@@ -38,6 +38,7 @@ class ErrorCode(enum.StrEnum):
     SENTINEL_NO_QUORUM = "sentinel_no_quorum"
     SENTINEL_DISAGREES = "sentinel_disagrees"
     LEASE_EXPIRED = "lease_expired"
+    FENCED = "fenced"
     IPSEC_UNPROTECTED = "ipsec_unprotected"
     STUNNEL_DOWN = "stunnel_down"
     REPLICA_LINK_DOWN = "replica_link_down"
@@ -86,6 +87,7 @@ def primary(situation: Situation, _query: Query = NO_QUERY) -> Verdict:
         or _role(situation, Role.PRIMARY)
         or _stunnel(situation)
         or _ipsec(situation)
+        or _fence(situation)
         or _lease(situation)
     )
     return refusal or Verdict(OK, f"{situation.node.name} is the primary, and a majority of the sentinels says so")
@@ -284,6 +286,10 @@ def _ipsec(s: Situation) -> Verdict | None:
         text = f"keys with {keyed} of the {s.config.majority} nodes that are a majority, this one included"
         return _no(ErrorCode.IPSEC_UNPROTECTED, text)
     return None
+
+
+def _fence(s: Situation) -> Verdict | None:
+    return _no(ErrorCode.FENCED, "it takes no writes, as another may be primary by now") if s.view.fenced else None
 
 
 def _lease(s: Situation) -> Verdict | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 import structlog
-from support.clusters import nobody_joins
+from support.clusters import nobody_asks, nobody_joins
 
 from srd.config import parse_config
 from srd.ipsec.exchange import Unprotected
@@ -90,6 +90,7 @@ def keying(root: Path, name: str, numbers: range) -> tuple[Keying, Store]:
         mark=None,
         serials=Forgetful(),
         join=nobody_joins,
+        answer=nobody_asks,
     )
     return made, store
 

@@ -5,148 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import shutil
 import signal
-import socket
-import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from redis.asyncio import Redis as RawRedis
 from support.patience import retrying
+from support.sentinels import SECRETS, WRONG, Cluster, raw, redis_client, sentinel_client, until, whole
 
-from srd.cluster import Config
 from srd.config import parse_config
-from srd.ha.lease import endpoint_of
-from srd.ha.observe import REDIS_POLL_SECONDS, Observer
-from srd.ha.redis import RedisClient
+from srd.ha.observe import Observer
 from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
 from srd.ha.sentinel import PACE, SUBSCRIBED, SentinelClient
-from srd.model import Endpoint, Role, Secret, Secrets
+from srd.ha.strays import DOWN_AFTER_SECONDS
+from srd.model import Endpoint, Role
 from srd.reconcile import boottime
 from srd.state import Store, View
-
-SECRETS = Secrets(Secret("application"), Secret("replication"), Secret("between-sentinels"), Secret("administrator"))
-WRONG = Secrets(Secret("wrong-one"), Secret("wrong-two"), Secret("wrong-three"), Secret("wrong-four"))
-# Some distributions keep one binary only, which looks at the name by which it was called.
-PROGRAM = shutil.which("redis-server") or shutil.which("redis-check-rdb") or "redis-server"
-
-REDIS_CONF = """
-bind {address}
-port {port}
-dir {directory}
-save ""
-appendonly {appendonly}
-bind-source-addr {address}
-protected-mode yes
-min-replicas-to-write 1
-repl-diskless-sync-delay 0
-requirepass application
-user default on >application ~* +@all
-user replica on >replication +psync +replconf +ping
-user sentinel on >between-sentinels allchannels +multi +slaveof +ping +exec +subscribe +config|rewrite +role +publish \
-+info +client|setname +client|kill +script|kill
-user srd on >administrator ~* allchannels +@all
-masteruser replica
-masterauth replication
-replica-announce-ip {address}
-"""
-SENTINEL_CONF = """
-bind {address}
-port {port}
-dir {directory}
-bind-source-addr {address}
-requirepass between-sentinels
-sentinel announce-ip {address}
-sentinel announce-port {port}
-sentinel monitor master {primary} {redis_port} 2
-sentinel auth-user master sentinel
-sentinel auth-pass master between-sentinels
-sentinel down-after-milliseconds master 4000
-sentinel failover-timeout master 4000
-"""
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free on all three addresses."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.1.1", 0))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError):
-                for address in ("127.0.1.2", "127.0.1.3"):
-                    stack.enter_context(socket.socket()).bind((address, port))
-                ports.append(port)
-        return ports
-
-
-class Cluster:
-    """Real programs in a directory of their own; each is ended by its pid."""
-
-    def __init__(self, root: Path) -> None:
-        redis_port, sentinel_port = free_ports(2)
-        nodes = "".join(f'[[node]]\nname = "n{i}"\naddresses = ["127.0.1.{i}"]\n' for i in (1, 2, 3))
-        self.config: Config = parse_config(
-            f'cluster = "c"\n{nodes}[ipsec]\nmode = "off"\n[redis]\nport = {redis_port}\n'
-            f"[sentinel]\nport = {sentinel_port}\ndown_after = 4\nfailover_timeout = 4\n",
-            "test",
-        )
-        self.root = root
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def endpoint(self, name: str) -> Endpoint:
-        return endpoint_of(self.config, self.config.node(name))
-
-    def redis(self, name: str, primary: str | None = "n1", extra: str = "", appendonly: str = "no") -> None:
-        directory = self._directory(f"redis-{name}")
-        text = REDIS_CONF.format(
-            address=self.config.node(name).address,
-            port=self.config.redis.port,
-            directory=directory,
-            appendonly=appendonly,
-        )
-        if primary not in (None, name):
-            text += f"replicaof {self.endpoint(primary or '').address} {self.config.redis.port}\n"
-        self._start(f"redis-{name}", "redis-server", directory, text + extra)
-
-    def sentinel(self, name: str) -> None:
-        directory = self._directory(f"sentinel-{name}")
-        text = SENTINEL_CONF.format(
-            address=self.config.node(name).address,
-            port=self.config.sentinel.port,
-            directory=directory,
-            primary=self.endpoint("n1").address,
-            redis_port=self.config.redis.port,
-        )
-        self._start(f"sentinel-{name}", "redis-sentinel", directory, text)
-
-    def _directory(self, what: str) -> Path:
-        directory = self.root / what
-        directory.mkdir(exist_ok=True)
-        return directory
-
-    def _start(self, what: str, name: str, directory: Path, text: str) -> None:
-        conf = directory / "it.conf"
-        if name == "redis-server" or not conf.exists():
-            conf.write_text(text)
-        with (directory / "log").open("ab") as log:
-            arguments = [name, str(conf)]
-            self.running[what] = subprocess.Popen(arguments, executable=PROGRAM, stdout=log, stderr=log)
-
-    def send(self, what: str, number: signal.Signals) -> None:
-        self.running[what].send_signal(number)
-
-    def kill(self, what: str) -> None:
-        process = self.running.pop(what)
-        process.kill()
-        process.wait()
-
-    def kill_all(self) -> None:
-        for what in list(self.running):
-            self.kill(what)
 
 
 @pytest.fixture
@@ -156,59 +30,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.kill_all()
-
-
-async def until(question: Callable[[], Awaitable[bool]], seconds: float = 30) -> None:
-    """Ask again until the answer is yes; an error is a no. The bound is the test's patience, not a measure."""
-    async for attempt in retrying(RespError, seconds=seconds):
-        with attempt:
-            if not await question():
-                raise RespError("wait for", "the programs", "not yet")
-
-
-@contextlib.asynccontextmanager
-async def redis_client(cluster: Cluster, name: str, secrets: Secrets = SECRETS) -> AsyncIterator[RedisClient]:
-    client = RedisClient(cluster.endpoint(name), secrets)
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(client.close)
-        yield client
-
-
-@contextlib.asynccontextmanager
-async def sentinel_client(cluster: Cluster, name: str, secrets: Secrets = SECRETS) -> AsyncIterator[SentinelClient]:
-    client = SentinelClient(cluster.config, cluster.config.node(name), secrets)
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(client.close)
-        yield client
-
-
-async def whole(cluster: Cluster) -> None:
-    """Start everything and wait until every sentinel knows the two others and both replicas."""
-    for name in ("n1", "n2", "n3"):
-        cluster.redis(name)
-    for name in ("n2", "n3"):
-        async with redis_client(cluster, name) as client:
-
-            async def linked(client: RedisClient = client) -> bool:
-                return (await client.observe()).link_up
-
-            await until(linked)
-    # Only now: a sentinel reads a primary's replicas when it connects, and then every 10 s (SENTINEL_INFO_PERIOD).
-    for name in ("n1", "n2", "n3"):
-        cluster.sentinel(name)
-    for name in ("n1", "n2", "n3"):
-        async with sentinel_client(cluster, name) as asked:
-
-            async def complete(asked: SentinelClient = asked) -> bool:
-                answer = await asked.ask()
-                met = answer.known_sentinels == answer.known_replicas == 2
-                return met and answer.flags == frozenset({"master"})
-
-            await until(complete)
-
-
-def raw(cluster: Cluster, name: str) -> RawRedis:
-    return RawRedis(host=str(cluster.endpoint(name).address), port=cluster.config.redis.port, password="application")
 
 
 async def test_what_redis_and_sentinel_say_is_observed_as_it_is(cluster: Cluster) -> None:
@@ -391,39 +212,31 @@ async def test_a_sentinel_that_hangs_delays_nobody(cluster: Cluster) -> None:
         await watch.until(lambda view: "n3" in view.sentinels)
 
 
-async def test_what_follows_from_the_number_of_nodes_is_kept_true(cluster: Cluster) -> None:
+async def test_the_quorum_and_the_pace_of_its_own_sentinel_are_kept_true(cluster: Cluster) -> None:
     await whole(cluster)
     watch = Watch(cluster, "n1")
-    config = cluster.config
     async with running(watch):
-        await watch.until(lambda view: len(view.sentinels) == 3 and view.redis is not None)
-        assert watch.observer.redis is not None
-        for demanded in (7, 0):
-            await watch.observer.redis.keep_fence(demanded)
-            await watch.until(
-                lambda view: view.redis is not None and view.redis.min_replicas_to_write == config.min_replicas_to_write
-            )
+        await watch.until(lambda view: len(view.sentinels) == 3)
         await watch.observer.sentinels["n1"].keep_quorum(3)
         await watch.until(lambda view: view.sentinels["n1"].quorum == 3)
-        await watch.until(lambda view: view.sentinels["n1"].quorum == config.quorum == 2)
+        await watch.until(lambda view: view.sentinels["n1"].quorum == cluster.config.quorum == 2)
         assert await watch.observer.sentinels["n1"].pace() == PACE
         assert await watch.observer.sentinels["n2"].pace() != PACE, "another node's is its own srd's"
 
 
-async def test_a_primary_demands_more_replicas_only_once_it_has_them(cluster: Cluster) -> None:
+async def test_what_a_failover_left_behind_in_its_own_sentinel_is_set_back(cluster: Cluster) -> None:
     await whole(cluster)
     watch = Watch(cluster, "n1")
-    twice = tuple(dataclasses.replace(node, name=node.name + half) for node in cluster.config.nodes for half in "ab")
-    watch.observer._config = dataclasses.replace(cluster.config, nodes=twice)
-    assert watch.observer._config.min_replicas_to_write == 3
+    configured = cluster.config.sentinel.down_after
     async with running(watch):
-        view = await watch.until(lambda view: view.redis is not None)
-        assert view.redis is not None
-        assert [replica.state for replica in view.redis.replicas] == ["online"] * 2
-        await asyncio.sleep(3 * REDIS_POLL_SECONDS)
-        redis = watch.store.view().redis
-        assert redis is not None
-        assert redis.min_replicas_to_write == cluster.config.min_replicas_to_write
+        await watch.until(lambda view: len(view.sentinels) == 3)
+        for name in ("n1", "n2"):
+            await watch.observer.sentinels[name].keep_down_after(configured - 1)
+        await watch.until(lambda view: view.sentinels["n1"].down_after == configured - 1)
+        await asyncio.sleep(DOWN_AFTER_SECONDS / 2)
+        assert watch.store.view().sentinels["n1"].down_after == configured - 1, "a failover may need it"
+        await watch.until(lambda view: view.sentinels["n1"].down_after == configured)
+        assert watch.store.view().sentinels["n2"].down_after == configured - 1, "another node's is its own srd's"
 
 
 async def test_a_changed_file_changes_whose_sentinels_are_asked(cluster: Cluster) -> None:

@@ -6,7 +6,7 @@ import datetime as dt
 from pathlib import Path
 
 from srd.config import node_entry
-from srd.model import Identity, Paths
+from srd.model import Body, Identity, Paths, RefusedError
 from srd.trust.bundle import Bundle, load_bundle, write_bundles
 
 NODES = ("redis-1", "redis-2", "redis-3")
@@ -48,3 +48,8 @@ def make_bundles(root: Path, text: str, now: dt.datetime | None = None) -> dict[
 
 async def nobody_joins(_identity: Identity) -> None:
     """Let no client in whom cluster.toml does not have: in the daemon's place, for a test that has no such client."""
+
+
+async def nobody_asks(peer: str, topic: str, _body: Body) -> Body:
+    """Answer no question of a peer: in the daemon's place, for a test that has nothing to be asked about."""
+    raise RefusedError("answer", topic, f"{peer} has nothing to ask")

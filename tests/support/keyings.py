@@ -13,12 +13,12 @@ import msgspec
 
 from srd.ipsec.exchange import Installer
 from srd.ipsec.keying import Keying
-from srd.model import Identity, IpsecMode, Role, Suite
+from srd.model import Body, Identity, IpsecMode, Role, Suite
 from srd.reconcile import boottime
 from srd.state import PeerReport, Store
 from srd.trust.authority import identify
 from srd.trust.bundle import Bundle
-from support.clusters import nobody_joins
+from support.clusters import nobody_asks, nobody_joins
 
 SOFTWARE_AES = {Suite.AES_256_GCM: 1, Suite.CHACHA20_POLY1305: 2}
 FAST_AES = {Suite.AES_256_GCM: 3, Suite.CHACHA20_POLY1305: 2}
@@ -50,7 +50,9 @@ def keying_of(
     installers: Installers,
     grades: dict[Suite, int],
     wanting: AbstractSet[str] = frozenset(),
+    *,
     join: Callable[[Identity], Awaitable[None]] = nobody_joins,
+    answer: Callable[[str, str, Body], Awaitable[Body]] = nobody_asks,
 ) -> tuple[Keying, Store]:
     """Return a node's keying and its store; it wants new keys with the peers that are in `wanting`."""
     store = Store(boottime())
@@ -70,6 +72,7 @@ def keying_of(
         mark=None,
         serials=Remembered(),
         join=join,
+        answer=answer,
     )
     return keying, store
 

@@ -39,7 +39,7 @@ def test_a_cluster_of_three() -> None:
     config = parse(MINIMAL)
     assert [node.name for node in config.peers_of("redis-2")] == ["redis-1", "redis-3"]
     assert (config.majority, config.quorum, config.min_replicas_to_write) == (2, 2, 1)
-    assert config.primary_lease == 4
+    assert config.primary_lease == 2
 
 
 def test_an_arbiter_votes_and_holds_no_data() -> None:

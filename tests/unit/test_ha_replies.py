@@ -6,8 +6,8 @@ from ipaddress import ip_address
 
 import pytest
 
+from srd.ha.redis import _redis
 from srd.ha.resp import Fields, UnexpectedReplyError, checked
-from srd.ha.sentinel import _redis
 from srd.model import Endpoint, Role
 from srd.state import Redis, ReplicaOf
 
@@ -42,8 +42,11 @@ def read(text: str, save: str = "") -> Redis:
     info = Fields.of_info("redis at x", [text])
     return _redis(
         info,
-        Fields.of_list("redis at x", ["min-replicas-to-write", "1"]),
-        Fields.of_list("redis at x", ["save", save]),
+        [
+            Fields.of_list("redis at x", ["min-replicas-to-write", "1"]),
+            Fields.of_list("redis at x", ["save", save]),
+            Fields.of_list("redis at x", ["replica-priority", "100"]),
+        ],
         asked=1.0,
         took=0.5,
     )

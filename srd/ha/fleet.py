@@ -1,0 +1,68 @@
+"""Connections for acting on the cluster's redises and sentinels, apart from those by which they are watched.
+
+Whoever acts must not queue behind a question that hangs, and nobody who is watched waits for an action.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import structlog
+
+from srd.cluster import Config
+from srd.ha.lease import endpoint_of
+from srd.ha.redis import RedisClient
+from srd.ha.resp import RespError
+from srd.ha.sentinel import SentinelClient
+from srd.model import Secrets
+
+T = TypeVar("T")
+C = TypeVar("C", RedisClient, SentinelClient)
+
+log = structlog.get_logger(__name__)
+
+
+class Fleet:
+    """A client for every node's redis, and one for every voter's sentinel; `redises` and `sentinels` are by node."""
+
+    def __init__(self, config: Config, secrets: Secrets) -> None:
+        self._secrets = secrets
+        self.config = config
+        self.redises: dict[str, RedisClient] = {}
+        self.sentinels: dict[str, SentinelClient] = {}
+        self._former: list[RedisClient | SentinelClient] = []
+        self._fill(config)
+
+    def _fill(self, config: Config) -> None:
+        self.redises = {node.name: RedisClient(endpoint_of(config, node), self._secrets) for node in config.redis_nodes}
+        self.sentinels = {node.name: SentinelClient(config, node, self._secrets) for node in config.voters}
+
+    def adopt(self, config: Config) -> None:
+        """Act on the nodes of a changed file from now on."""
+        former, self.config = self.config, config
+        if former.voters != config.voters:
+            self._former += [*self.redises.values(), *self.sentinels.values()]
+            self._fill(config)
+
+    async def close(self) -> None:
+        """Close every connection; each is opened again when it is needed."""
+        for client in (*self._former, *self.redises.values(), *self.sentinels.values()):
+            await client.close()
+        self._former.clear()
+
+
+async def on_all(clients: Mapping[str, C], action: Callable[[C], Awaitable[T]]) -> dict[str, T]:
+    """Do the same with all at once; return what those answered that answered. Each action has a bound of its own."""
+
+    async def on(name: str, client: C) -> tuple[str, T] | None:
+        try:
+            return name, await action(client)
+        except RespError as error:
+            log.debug("not done", error=str(error))
+            return None
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(on(name, client)) for name, client in clients.items()]
+    return dict(done for task in tasks if (done := task.result()) is not None)

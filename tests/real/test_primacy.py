@@ -1,0 +1,316 @@
+"""Three nodes' say in who is primary, over real redises and real sentinels: how fast, how safe, and what it leaves.
+
+What the programs do is real; the nodes' srds ask one another by a call instead of the keying channel, and supervision
+is the test's: it ends a redis and says so to the srd beside it, as the pidfd would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.sentinels import SECRETS, Cluster, raw, redis_client, sentinel_client, until, whole
+
+from srd.ha.failover import REPLACE_SECONDS
+from srd.ha.primacy import Primacy
+from srd.ha.redis import FENCED
+from srd.model import Body, Endpoint, RefusedError, Role, Service
+from srd.reconcile import boottime, until_first
+from srd.state import Child, ChildState, Lease, PeerReport, Situation, Store, View
+
+NAMES = ("n1", "n2", "n3")
+
+
+class Srd:
+    """One node's primacy, its view, and its word on whether its redis runs."""
+
+    def __init__(self, cluster: Cluster, name: str, others: dict[str, Srd]) -> None:
+        self.name = name
+        self.node = cluster.config.node(name)
+        self.config = cluster.config
+        self.store = Store(boottime())
+        self.others = others
+        self.write_children = self.store.writer("children")
+        self.write_peers = self.store.writer("peers")
+        self.alive()
+        self.primacy = Primacy(
+            cluster.config,
+            self.node,
+            SECRETS,
+            self.store,
+            situation=self.situation,
+            ask_peer=self.ask,
+            wake=lambda: None,
+        )
+
+    def situation(self) -> Situation:
+        return Situation(self.config, self.node, self.store.view(), boottime())
+
+    async def ask(self, peer: str, topic: str, body: Body, _seconds: float) -> Body:
+        if peer not in self.others:
+            raise RefusedError("ask", peer, "it is gone")
+        return await self.others[peer].primacy.answer(self.name, topic, body)
+
+    def hear(self, other: str) -> None:
+        """Take a heartbeat of another node's srd."""
+        known = self.store.view().peers
+        word = PeerReport(other, boottime(), "0", initialized=True, role=Role.UNKNOWN, healthy=True)
+        self.write_peers({**known, other: word})
+
+    def alive(self) -> None:
+        self.write_children({Service.REDIS: Child(ChildState.READY, pid=1)})
+
+    def redis_died(self) -> None:
+        self.write_children({Service.REDIS: Child(ChildState.BACKOFF)})
+        self.primacy.died()
+
+    @property
+    def lease(self) -> Lease | None:
+        return self.store.view().lease
+
+    def leads(self) -> bool:
+        """Whether it would say yes to /primary now, as far as this wing has a say in it."""
+        view, now = self.store.view(), boottime()
+        is_primary = view.redis is not None and view.redis.role is Role.PRIMARY
+        runs = view.children[Service.REDIS].pid is not None
+        return runs and is_primary and not view.fenced and self.lease is not None and now < self.lease.expires
+
+    async def until(self, predicate: Callable[[View], bool], seconds: float = 40) -> View:
+        return await self.store.wait_for(predicate, seconds)
+
+
+async def heartbeats(srd: Srd) -> None:
+    while True:
+        for other in srd.others.values():
+            other.hear(srd.name)
+        await asyncio.sleep(0.5)
+
+
+@contextlib.asynccontextmanager
+async def running(*srds: Srd) -> AsyncIterator[None]:
+    """Run them until the block ends; a defect of one fails the test."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(until_first(partial(heartbeats, srd), *srd.primacy.bodies)) for srd in srds]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            for srd in srds:
+                await srd.primacy.close()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path)
+    try:
+        yield made
+    finally:
+        made.kill_all()
+
+
+@pytest.fixture
+async def srds(cluster: Cluster) -> dict[str, Srd]:
+    """Three that do not run yet, over a cluster that does and whose primary is n1's."""
+    await whole(cluster)
+    made: dict[str, Srd] = {}
+    made.update({name: Srd(cluster, name, made) for name in NAMES})
+    return made
+
+
+class Watcher:
+    """Looks every 5 ms who would say yes, and keeps every moment at which two would."""
+
+    def __init__(self, srds: dict[str, Srd]) -> None:
+        self._srds = srds
+        self.doubles: list[tuple[float, list[str]]] = []
+
+    async def run(self) -> None:
+        while True:
+            leaders = [name for name, srd in self._srds.items() if srd.leads()]
+            if len(leaders) > 1:
+                self.doubles.append((time.monotonic(), leaders))
+            await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def watched(srds: dict[str, Srd], *names: str) -> AsyncIterator[None]:
+    """Run these nodes' srds, and once n1 leads the block; no two of all may ever say yes at one instant."""
+    watcher = Watcher(srds)
+    async with running(*(srds[name] for name in names)), asyncio.TaskGroup() as group:
+        if "n1" in names:
+            await srds["n1"].until(lambda _: srds["n1"].leads())
+        task = group.create_task(watcher.run())
+        yield
+        task.cancel()
+    assert watcher.doubles == []
+
+
+async def settled(cluster: Cluster, primary: Endpoint, seconds: float = 20, among: tuple[str, ...] = NAMES) -> None:
+    """Wait until each of these sentinels names this primary and judges it by what is configured."""
+    for name in among:
+        async with sentinel_client(cluster, name) as asked:
+
+            async def done(asked: object = asked) -> bool:
+                answer = await asked.ask()  # type: ignore[attr-defined]
+                return answer.primary == primary and answer.down_after == cluster.config.sentinel.down_after
+
+            await until(done, seconds)
+
+
+async def leader(srds: dict[str, Srd], among: tuple[str, ...], seconds: float = 20) -> Srd:
+    async with asyncio.timeout(seconds):
+        while True:
+            found = [srds[name] for name in among if srds[name].leads()]
+            if found:
+                return found[0]
+            await asyncio.sleep(0.005)
+
+
+async def writes(cluster: Cluster, name: str, seconds: float = 10) -> None:
+    client = raw(cluster, name)
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                with contextlib.suppress(Exception):
+                    await client.set("after", "1")
+                    return
+                await asyncio.sleep(0.005)
+    finally:
+        await client.aclose()
+
+
+def show(**figures: float) -> None:
+    print(json.dumps({name: round(seconds, 3) for name, seconds in figures.items()}))  # noqa: T201
+
+
+async def test_a_primary_whose_redis_dies_is_replaced_by_a_vote_within_a_second(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        began = time.monotonic()
+        cluster.kill("redis-n1")
+        srds["n1"].redis_died()
+        successor = await leader(srds, ("n2", "n3"))
+        led = time.monotonic() - began
+        await writes(cluster, successor.name)
+        show(says_yes=led, takes_a_write=time.monotonic() - began)
+        await settled(cluster, cluster.endpoint(successor.name))
+        assert successor.leads()
+        assert led < 2.0
+
+
+async def test_the_replica_that_has_most_is_promoted_even_if_the_sentinels_saw_that_late(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        # n2 comes first wherever the sentinels see no difference, or n3 does: so each in turn is the one that lags.
+        lagging, ahead = "n2", "n3"
+        async with redis_client(cluster, lagging) as client:
+            await client._do(("CONFIG", "SET", "masterauth", "wrong"), seconds=1)
+            await client._do(("CLIENT", "KILL", "TYPE", "master"), seconds=1)
+        primary = raw(cluster, "n1")
+        await primary.set("k", "v" * 1000)
+        await primary.aclose()
+        cluster.kill("redis-n1")
+        srds["n1"].redis_died()
+        successor = await leader(srds, ("n2", "n3"))
+        assert successor.name == ahead
+        async with redis_client(cluster, lagging) as client:
+            await client._do(("CONFIG", "SET", "masterauth", "replication"), seconds=1)
+        await writes(cluster, ahead)
+
+
+async def test_without_the_srd_of_the_dead_primary_it_is_sentinels_own_failover(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        cluster.kill("redis-n1")
+        srds["n1"].write_children({Service.REDIS: Child(ChildState.BACKOFF)})
+        successor = await leader(srds, ("n2", "n3"), 30)
+        await writes(cluster, successor.name)
+        await settled(cluster, cluster.endpoint(successor.name))
+
+
+async def test_a_silent_node_is_replaced_after_its_fences_have_fallen(cluster: Cluster, srds: dict[str, Srd]) -> None:
+    async with watched(srds, "n2", "n3"):
+        async with running(srds["n1"]):
+            await srds["n1"].until(lambda _: srds["n1"].leads())
+        began = time.monotonic()
+        for what in ("redis-n1", "sentinel-n1"):
+            cluster.send(what, signal.SIGSTOP)
+        successor = await leader(srds, ("n2", "n3"), 30)
+        led = time.monotonic() - began
+        await writes(cluster, successor.name)
+        show(says_yes=led, takes_a_write=time.monotonic() - began)
+        assert led > REPLACE_SECONDS
+        await settled(cluster, cluster.endpoint(successor.name), among=("n2", "n3"))
+
+
+async def test_a_primary_without_a_majority_is_fenced_until_one_names_it_again(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, "n1"):
+        began = time.monotonic()
+        for name in ("n2", "n3"):
+            cluster.kill(f"sentinel-{name}")
+        await srds["n1"].until(lambda view: view.fenced)
+        show(fenced=time.monotonic() - began)
+        assert not srds["n1"].leads()
+        async with redis_client(cluster, "n1") as client:
+
+            async def shut() -> bool:
+                return (await client.observe()).min_replicas_to_write == FENCED
+
+            await until(shut)
+        for name in ("n2", "n3"):
+            cluster.sentinel(name)
+        await srds["n1"].until(lambda view: not view.fenced and srds["n1"].leads())
+        await writes(cluster, "n1")
+
+
+async def test_a_fence_outlives_srd_and_the_next_one_knows_it(cluster: Cluster, srds: dict[str, Srd]) -> None:
+    async with redis_client(cluster, "n1") as client:
+        await client.shut()
+    for name in ("n2", "n3"):
+        cluster.kill(f"sentinel-{name}")
+    async with running(srds["n1"]):
+        await srds["n1"].until(lambda view: view.fenced)
+        for name in ("n2", "n3"):
+            cluster.sentinel(name)
+        await srds["n1"].until(lambda view: not view.fenced)
+        await writes(cluster, "n1")
+
+
+async def test_a_primary_that_is_replaced_by_hand_follows_its_successor_at_once(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with running(*srds.values()):
+        await srds["n1"].until(lambda _: srds["n1"].leads())
+        async with sentinel_client(cluster, "n2") as asked:
+            await asked._wire.ask(("SENTINEL", "FAILOVER", "master"), seconds=1)
+        successor = await leader(srds, ("n2", "n3"))
+        began = time.monotonic()
+        await srds["n1"].until(lambda view: view.redis is not None and view.redis.role is Role.REPLICA)
+        show(follows=time.monotonic() - began)
+        await settled(cluster, cluster.endpoint(successor.name))
+        await writes(cluster, successor.name)
+
+
+async def test_what_redis_demands_of_a_write_is_kept_true(cluster: Cluster, srds: dict[str, Srd]) -> None:
+    async with running(*srds.values()), redis_client(cluster, "n1") as client:
+        for demanded in (7, 0):
+            await client.keep_fence(demanded)
+
+            async def kept() -> bool:
+                return (await client.observe()).min_replicas_to_write == 1
+
+            await until(kept)

@@ -1,0 +1,204 @@
+"""When a primary is fenced, what lifts the fence, and when a silent primary may be replaced. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srd.cluster import LEASE_SECONDS, Config, Node
+from srd.config import parse_config
+from srd.ha.custody import Custody
+from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, may_replace, most_advanced
+from srd.ha.fence import FENCE_SECONDS, cut_off, demanded
+from srd.ha.lease import endpoint_of
+from srd.ha.redis import FENCED
+from srd.ha.strays import Stray
+from srd.model import Endpoint, Role
+from srd.state import Lease, PeerReport, Redis, ReplicaOf, SentinelAnswer, Situation, View
+
+NOW = 1000.0
+
+
+def cluster(nodes: int = 3) -> Config:
+    entries = "".join(f'[[node]]\nname = "n{i}"\naddresses = ["10.0.0.{i}"]\n' for i in range(1, nodes + 1))
+    return parse_config(f'cluster = "c"\n{entries}', "test")
+
+
+THREE = cluster()
+N1, N2, N3 = THREE.nodes
+REPLICA = ReplicaOf(Endpoint(ip_address("10.0.0.2"), 6379), "online", 1, 0)
+PRIMARY = Redis(
+    answered=NOW,
+    version="7.0.15",
+    run_id="r",
+    role=Role.PRIMARY,
+    loading=False,
+    replid="a" * 40,
+    offset=100,
+    uptime_seconds=1,
+    dbsize=0,
+    min_replicas_to_write=1,
+    persistence=True,
+    replicas=(REPLICA, dataclasses.replace(REPLICA, endpoint=Endpoint(ip_address("10.0.0.3"), 6379))),
+)
+
+
+def report(node: Node, ago: float) -> PeerReport:
+    return PeerReport(node.name, NOW - ago, "0", initialized=True, role=Role.UNKNOWN, healthy=True)
+
+
+def situation(view: View, node: Node = N1, config: Config = THREE) -> Situation:
+    return Situation(config, node, view, NOW)
+
+
+def silent(**since: float) -> View:
+    return View(silent={name: NOW - ago for name, ago in since.items()})
+
+
+HELD = Lease(held=True, expires=NOW + 1, agree=3, reachable=3, primary=endpoint_of(THREE, N1))
+LOST = dataclasses.replace(HELD, held=False, expires=0.0)
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        (View(), False),
+        (silent(n2=9, n3=FENCE_SECONDS - 0.01), False),
+        (silent(n2=9), False),
+        (silent(n2=9, n3=FENCE_SECONDS), True),
+        (silent(n1=9), False),  # its own sentinel is down: the node itself is there
+        (silent(n1=9, n2=9, n3=9), True),
+        (dataclasses.replace(silent(n2=9, n3=9), peers={"n3": report(N3, FENCE_SECONDS - 0.01)}), False),
+        (dataclasses.replace(silent(n2=9, n3=9), peers={"n3": report(N3, FENCE_SECONDS)}), True),
+    ],
+)
+def test_a_node_is_cut_off_when_no_majority_was_heard_for_long_enough(view: View, expected: bool) -> None:  # noqa: FBT001
+    assert cut_off(situation(view)) is expected
+
+
+def test_what_is_demanded_of_a_write() -> None:
+    whole = View(lease=HELD)
+    fenced = dataclasses.replace(PRIMARY, min_replicas_to_write=FENCED)
+    assert demanded(situation(whole), PRIMARY) == THREE.min_replicas_to_write == 1
+    assert demanded(situation(silent(n2=9, n3=9)), PRIMARY) == FENCED
+    assert demanded(situation(whole), fenced) == 1, "a majority names it: lifted"
+    assert demanded(situation(View(lease=LOST)), fenced) == FENCED, "nobody names it: it stays"
+    assert demanded(situation(View()), fenced) == FENCED, "nobody was asked yet, as after a restart of srd: it stays"
+    late = dataclasses.replace(situation(whole), now=NOW + 1)
+    assert demanded(late, fenced) == FENCED, "the lease has ended: it stays"
+    replica = dataclasses.replace(fenced, role=Role.REPLICA)
+    assert demanded(situation(silent(n2=9, n3=9)), replica) == 1, "a replica takes no writes of clients"
+
+
+def test_a_primary_demands_more_replicas_only_once_it_has_them() -> None:
+    seven = cluster(7)
+    with_three = dataclasses.replace(PRIMARY, replicas=PRIMARY.replicas * 2)
+    assert seven.min_replicas_to_write == 3
+    assert demanded(situation(View(lease=HELD), config=seven), PRIMARY) == 1
+    assert demanded(situation(View(lease=HELD), config=seven), with_three) == 3
+    assert demanded(situation(View(lease=HELD)), dataclasses.replace(PRIMARY, min_replicas_to_write=3)) == 1
+
+
+def answer(node: Node, unanswered: float | None, **more: object) -> SentinelAnswer:
+    base = SentinelAnswer(
+        node.name,
+        NOW - 0.1,
+        endpoint_of(THREE, N1),
+        1,
+        tilt=False,
+        known_sentinels=2,
+        known_replicas=2,
+        unanswered=None if unanswered is None else NOW - unanswered,
+    )
+    return dataclasses.replace(base, **more)  # type: ignore[arg-type]
+
+
+def seen_from_n2(n2: float | None, n3: float | None, last_word_of_n1: float | None) -> Situation:
+    peers = {} if last_word_of_n1 is None else {"n1": report(N1, last_word_of_n1)}
+    return situation(View(sentinels={"n2": answer(N2, n2), "n3": answer(N3, n3)}, peers=peers), N2)
+
+
+@pytest.mark.parametrize(
+    ("n2", "n3", "last_word", "expected"),
+    [
+        (None, None, None, False),
+        (9, None, 9, False),  # one sentinel is answered
+        (REPLACE_SECONDS, 1.6, REPLACE_SECONDS + 0.5, True),  # its srd lived until the cut, and has fenced
+        (REPLACE_SECONDS - 0.01, 1.6, REPLACE_SECONDS + 0.5, False),
+        (REPLACE_SECONDS, 1.0, REPLACE_SECONDS, False),  # the other sentinel is not sure yet
+        (REPLACE_SECONDS, 1.6, 20, False),  # its srd was gone before: redis' own fence is waited for
+        (REPLACE_SECONDS, 1.6, None, False),
+        (OWN_FENCE_SECONDS, 1.6, 20, True),
+        (OWN_FENCE_SECONDS, 1.6, None, True),
+        (9, 9, 0.1, False),  # its srd is heard: it knows better what its redis does
+    ],
+)
+def test_a_silent_primary_is_replaced_once_its_fences_have_fallen(
+    n2: float | None,
+    n3: float | None,
+    last_word: float | None,
+    expected: bool,  # noqa: FBT001
+) -> None:
+    assert may_replace(seen_from_n2(n2, n3, last_word), N1) is expected
+
+
+def test_a_sentinel_in_tilt_or_one_that_names_another_is_no_witness() -> None:
+    for other in ({"tilt": True}, {"primary": endpoint_of(THREE, N3)}, {"asked": NOW - LEASE_SECONDS}):
+        view = View(sentinels={"n2": answer(N2, 9), "n3": answer(N3, 9, **other)})
+        assert not may_replace(situation(view, N2), N1)
+
+
+def test_nobody_is_replaced_before_its_lease_has_ended() -> None:
+    assert REPLACE_SECONDS > LEASE_SECONDS
+    assert OWN_FENCE_SECONDS > LEASE_SECONDS
+
+
+def replica(offset: int, **more: object) -> Redis:
+    return dataclasses.replace(PRIMARY, role=Role.REPLICA, offset=offset, **more)  # type: ignore[arg-type]
+
+
+def test_the_replica_that_has_most_is_preferred_if_they_differ() -> None:
+    assert most_advanced({"n2": replica(7), "n3": replica(9)}) == "n3"
+    assert most_advanced({"n2": replica(9), "n3": replica(9)}) is None
+    assert most_advanced({"n2": replica(9)}) is None
+    assert most_advanced({}) is None
+    assert most_advanced({"n2": replica(7), "n3": replica(9, replid="b" * 40)}) is None, "other histories"
+    assert most_advanced({"n2": replica(7), "n3": replica(9), "n4": replica(11, loading=True)}) == "n3"
+    assert most_advanced({"n1": PRIMARY, "n2": replica(7), "n3": replica(6)}) == "n2"
+
+
+def test_a_stray_setting_is_tolerated_for_as_long_as_it_may_be_needed() -> None:
+    stray = Stray(3.0)
+    assert not stray.is_due(differs=True, now=10.0)
+    assert not stray.is_due(differs=True, now=12.9)
+    assert stray.is_due(differs=True, now=13.0)
+    assert not stray.is_due(differs=False, now=14.0)
+    assert not stray.is_due(differs=True, now=15.0), "a new one is tolerated anew"
+    stray.end_now()
+    assert stray.is_due(differs=True, now=15.1)
+
+
+Step = tuple[str, int, float]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["give", "extend", "wait"]), st.integers(0, 2), st.floats(0, 3))))
+def test_a_lease_that_changes_hands_is_never_in_two(steps: list[Step]) -> None:
+    """Node 0 holds what the sentinels give it, and gives it away to whoever asks; clocks run alike."""
+    holder, heirs = Custody(), {1: Custody(), 2: Custody()}
+    now, expires = 0.0, LEASE_SECONDS
+    for what, who, amount in steps:
+        if what == "wait":
+            now += amount
+        elif what == "extend":
+            expires = now + LEASE_SECONDS
+        elif who:
+            seconds = holder.give(f"n{who}", now)
+            if seconds:
+                heirs[who].take(now, seconds)
+        holding = [0] if holder.held_until(expires, now) > now else []
+        holding += [heir for heir, custody in heirs.items() if custody.held_until(0.0, now) > now]
+        assert len(holding) <= 1, (holding, now)
