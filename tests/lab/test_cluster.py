@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -118,20 +119,28 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, float]:
     return json.loads(output)
 
 
+FAILOVERS = int(os.environ.get("LAB_FAILOVERS", "3"))
+
+
 def test_a_primary_that_is_killed_is_replaced_and_rejoins_as_a_replica(lab: Lab) -> None:
-    lab.wait_whole()
-    lab.on("client", "redis-cli", "set", "before", "the failover")
-    first = lab.primary()
-    writing = writer(lab, "until-gap", "90")
-    os.kill(lab.children(first)["redis"]["pid"], signal.SIGKILL)
-    gap = outcome(writing)["longest_gap_seconds"]
-    lab.wait_whole()
-    second = lab.primary()
-    assert second != first
-    assert lab.get(first, "/replica").status == 200
-    assert lab.on("client", "redis-cli", "get", "before").stdout.strip() == "the failover"
-    assert lab.get(second, "/history").body[-1]["node"] == second
-    print(f"\nwrites were back {gap} s after the kill")  # noqa: T201 - a figure for people
+    lab.on("client", "redis-cli", "set", "before", "the failovers")
+    gaps = []
+    for _ in range(FAILOVERS):
+        lab.wait_whole()
+        first = lab.primary()
+        writing = writer(lab, "until-gap", "90")
+        os.kill(lab.children(first)["redis"]["pid"], signal.SIGKILL)
+        gaps.append(outcome(writing)["longest_gap_seconds"])
+        lab.wait_whole()
+        second = lab.primary()
+        assert second != first
+        assert lab.get(first, "/replica").status == 200
+        assert lab.get(second, "/history").body[-1]["node"] == second
+    assert lab.on("client", "redis-cli", "get", "before").stdout.strip() == "the failovers"
+    figures = f"median {statistics.median(gaps):.2f} s, worst {max(gaps):.2f} s"
+    print(f"\nwrites were back after {FAILOVERS} kills of the primary: {figures}; {gaps}")  # noqa: T201 - for people
+    # Sentinel by itself waits for down_after, and then takes half a second.
+    assert statistics.median(gaps) < 5.0
 
 
 def test_twenty_children_that_are_killed_are_all_back(lab: Lab) -> None:
