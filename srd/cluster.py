@@ -24,6 +24,9 @@ LEASE_SECONDS: Final = 2.0
 # (2.06 to 2.94 s measured for 2), which must be over before a majority can promote another one.
 MIN_REPLICAS_MAX_LAG: Final = 2
 
+DEFAULT_PRIORITY: Final = 100  # redis' own
+PREFERRED_PRIORITY: Final = 1  # of the replica that a failover or a switchover is about to make primary
+
 SUITES: Final = {"aes-256-gcm": Suite.AES_256_GCM, "chacha20-poly1305": Suite.CHACHA20_POLY1305}
 
 SuiteName = Literal["aes-256-gcm", "chacha20-poly1305"]
@@ -96,11 +99,15 @@ class HttpSection(Section, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A member of the mesh: at most one address per IP family, the first one is the one that redis announces."""
+    """A member of the mesh: at most one address per IP family, the first one is the one that redis announces.
+
+    `priority` is redis' replica-priority: the lower, the sooner it becomes primary; 0 never by itself.
+    """
 
     name: str
     kind: NodeKind
     addresses: tuple[IpAddress, ...]
+    priority: int = DEFAULT_PRIORITY
 
     @property
     def address(self) -> IpAddress:

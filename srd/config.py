@@ -13,14 +13,17 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from srd.cluster import (
+    DEFAULT_PRIORITY,
     KEYING_CLIENT_PORTS,
     KEYING_PORT,
     MIN_REPLICAS_MAX_LAG,
+    PREFERRED_PRIORITY,
     Bypass,
     Config,
     HttpSection,
@@ -44,6 +47,8 @@ class _RawNode(Section, frozen=True):
     name: str
     addresses: list[str]
     kind: NodeKind = NodeKind.REDIS
+    priority: Annotated[int, Meta(gt=PREFERRED_PRIORITY, le=1000)] = DEFAULT_PRIORITY
+    nofailover: bool = False
 
 
 class _RawFile(Section, frozen=True):
@@ -63,8 +68,8 @@ _OWNED_DIRECTIVES: Final = frozenset({
     "aclfile", "bind", "daemonize", "dir", "enable-debug-command", "enable-module-command",
     "enable-protected-configs", "include", "logfile", "masterauth", "masteruser", "min-replicas-max-lag",
     "min-replicas-to-write", "min-slaves-max-lag", "min-slaves-to-write", "pidfile", "port", "protected-mode",
-    "rename-command", "replica-announce-ip", "replica-announce-port", "replicaof", "requirepass", "slaveof",
-    "supervised", "syslog-enabled", "tls-port", "unixsocket", "user",
+    "rename-command", "replica-announce-ip", "replica-announce-port", "replica-priority", "replicaof", "requirepass",
+    "slave-priority", "slaveof", "supervised", "syslog-enabled", "tls-port", "unixsocket", "user",
 })  # fmt: skip
 
 
@@ -172,7 +177,7 @@ class _Checker:
         for version, count in Counter(address.version for address in addresses).items():
             if count > 1:
                 raise self.refuse.at(f"{key}.addresses", f"{count} IPv{version} addresses; one per family at most")
-        return Node(name=raw.name, kind=raw.kind, addresses=addresses)
+        return Node(raw.name, raw.kind, addresses, 0 if raw.nofailover else raw.priority)
 
     def _address(self, key: str, text: str) -> IpAddress:
         try:

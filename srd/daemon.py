@@ -173,6 +173,7 @@ class Daemon:
                     "/v1/reload": lambda _: self._reload(keying),
                     "/v1/restart": self._restart,
                     "/v1/stop": self._end,
+                    "/v1/switchover": self._switch_over,
                 },
             )
             await control.start()
@@ -244,6 +245,12 @@ class Daemon:
             raise RefusedError("restart", child, f"{self._node.name} runs no such child")
         seconds = _seconds(asked.get("wait", "60"))
         return {"pid": await self._duties.restart(Service(child), force=asked.get("force") == "1", seconds=seconds)}
+
+    async def _switch_over(self, asked: Mapping[str, str]) -> dict[str, Any]:
+        """Answer `srd switchover`: the query names the node it goes `to`, or none for the fittest, and a `dry_run`."""
+        if self._duties is None:
+            raise RefusedError("switch over from", self._node.name, "it runs no redis and no sentinel")
+        return dict(await self._duties.switch_over(asked.get("to"), dry_run=asked.get("dry_run") == "1"))
 
     async def _end(self, asked: Mapping[str, str]) -> dict[str, Any]:
         """Answer `srd stop`: `keep` leaves the children to the next srd.

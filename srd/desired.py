@@ -180,7 +180,8 @@ def _exactly(port: int) -> Ports:
 def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
     """Return the dotted keys that differ and that a running srd cannot take in; the others it can.
 
-    Other nodes, exemptions, suites, revoked certificates and HTTP's bounds may change, but not the node's own entry.
+    Other nodes, exemptions, suites, revoked certificates and HTTP's bounds may change, but of the node's own entry
+    only its priority.
     """
     sections = {table: getattr(old, table).__struct_fields__ for table in ("redis", "sentinel", "tls")}
     sections |= {"ipsec": ("mode",), "http": ("port",)}
@@ -191,7 +192,7 @@ def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
         if getattr(getattr(old, table), key) != getattr(getattr(new, table), key)
     ]
     changed += [key for key in ("cluster", "listen_localhost") if getattr(old, key) != getattr(new, key)]
-    mine = next((other for other in new.nodes if other.name == node.name), None)
+    mine = next((replace(other, priority=node.priority) for other in new.nodes if other.name == node.name), None)
     return tuple(changed) if mine == node else (*changed, f"node {node.name}")
 
 

@@ -92,6 +92,10 @@ class Duties:
         """Close the connections by which it acts on other nodes."""
         await self._primacy.close()
 
+    async def switch_over(self, to: str | None, *, dry_run: bool) -> Body:
+        """Move the primary to another node; what is returned and raised is `Primacy.switch_over`'s."""
+        return await self._primacy.switch_over(to, dry_run=dry_run)
+
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
         """Answer another node's srd; `RefusedError` says why not."""
         return await self._primacy.answer(peer, topic, body)

@@ -33,6 +33,7 @@ VERBS: Final[dict[str, Verb]] = {
     "rekey": Verb("srd.cli.act:rekey_command", "Have new keys made with a peer, or with all."),
     "reload": Verb("srd.cli.act:reload_command", "Take a changed bundle in, without a restart."),
     "restart": Verb("srd.cli.act:restart_command", "End a child and start it again."),
+    "switchover": Verb("srd.cli.primacy:switchover_command", "Move the primary to another node; no write is lost."),
     "stop": Verb("srd.cli.act:stop_command", "Stop this node, or srd alone and leave its children running."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),

@@ -34,6 +34,14 @@ class Custody:
         self.heir, self.given_until = heir, self.known_until
         return self.known_until - now
 
+    def is_heir(self, node: str, now: float) -> bool:
+        """Whether a node was given the lease, and it has not ended."""
+        return node == self.heir and now < self.given_until
+
+    def take_back(self) -> None:
+        """Have it back; only while nobody was told that it was given."""
+        self.heir, self.given_until = None, 0.0
+
     def take(self, asked: float, seconds: float) -> None:
         """Have been given a lease of so many seconds by an answer to a question that was asked at that moment."""
         self.granted_at, self.granted_until = asked, max(self.granted_until, asked + seconds)

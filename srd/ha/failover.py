@@ -15,7 +15,7 @@ runs had a second failover. Whoever does this may die meanwhile: every srd sets 
 
 Which replica: the sentinels take the greatest offset by their last INFO, which may be a second old (2 of 10 choices
 were wrong, 2,300 to 2,500 acknowledged writes lost, where a replica's link had stalled just before). Asked now that
-nothing is written any more, the replicas say who has most; if they differ, that one gets `PREFERRED` as its
+nothing is written any more, the replicas say who has most; if they differ, that one gets the lowest
 replica-priority and the vote waits until the sentinels have seen it.
 """
 
@@ -28,7 +28,7 @@ from typing import Final
 
 import structlog
 
-from srd.cluster import MIN_REPLICAS_MAX_LAG, Config, Node
+from srd.cluster import MIN_REPLICAS_MAX_LAG, PREFERRED_PRIORITY, Config, Node
 from srd.ha.fleet import C, Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
 from srd.ha.sentinel import SELECTED, Event, SentinelClient
@@ -43,7 +43,6 @@ HASTE_SECONDS: Final = 0.2
 CHOICE_SECONDS: Final = 3.0
 # For one step at all nodes that answer; one that does not is waited for as long.
 STEP_SECONDS: Final = 0.5
-PREFERRED: Final = 1
 STEERING_SECONDS: Final = 1.5
 
 # From the first ping without a reply to the moment when the sentinels are hurried. The node's lease ends 2.0 s after
@@ -147,7 +146,7 @@ class Failover:
         log.info("preferring", replica=best, offsets={name: redis.offset for name, redis in said.items()})
         sentinels = self._talking(self._fleet.sentinels)
         await on_all(sentinels, lambda sentinel: sentinel.look_often(STEP_SECONDS))
-        await on_all({best: others[best]}, lambda redis: redis.keep_priority(PREFERRED, STEP_SECONDS))
+        await on_all({best: others[best]}, lambda redis: redis.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STEERING_SECONDS):
                 while not await _know(sentinels, endpoint):  # noqa: ASYNC110 - sentinels announce no priority
@@ -179,7 +178,7 @@ class Failover:
 async def _know(sentinels: Mapping[str, SentinelClient], preferred: Endpoint) -> bool:
     """Whether each of them has seen the priority."""
     shown = await on_all(sentinels, lambda sentinel: sentinel.priorities(STEP_SECONDS))
-    return bool(shown) and all(priorities.get(preferred) == PREFERRED for priorities in shown.values())
+    return bool(shown) and all(priorities.get(preferred) == PREFERRED_PRIORITY for priorities in shown.values())
 
 
 def most_advanced(said: Mapping[str, Redis]) -> str | None:

@@ -20,7 +20,7 @@ from typing import Final
 
 import structlog
 
-from srd.cluster import Config, Node
+from srd.cluster import PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
 from srd.ha.lease import assess, endpoint_of, fresh
 from srd.ha.redis import RedisClient
@@ -39,7 +39,6 @@ REDIS_POLL_SECONDS: Final = 0.5
 QUESTIONS_PER_LEASE: Final = 4
 SENTINEL_POLL_SECONDS: Final = 1.0
 HISTORY_LENGTH: Final = 100
-REPLICA_PRIORITY: Final = 100
 # What a pass may take beyond its question: nothing in it waits for anyone else.
 _PASS_SLACK_SECONDS: Final = 2.0
 
@@ -180,9 +179,12 @@ class Observer:
         self._write_redis(seen)
         self._publish()
         if seen is not None and self.redis is not None:
-            differs = seen.priority != REPLICA_PRIORITY
-            if self._preferred.is_due(differs=differs, now=self._clock()):
-                await self.redis.keep_priority(REPLICA_PRIORITY)
+            wanted = self._config.node(self._node.name).priority
+            # One that a failover has set may be needed; any other is an old file's.
+            if self._preferred.is_due(differs=seen.priority != wanted, now=self._clock()) or (
+                seen.priority not in (wanted, PREFERRED_PRIORITY)
+            ):
+                await self.redis.keep_priority(wanted)
 
     async def _observe_redis(self, client: RedisClient) -> Redis | None:
         # A redis that is down is an observation, not a failure of the observer. Said once per reason.
@@ -228,6 +230,10 @@ class Observer:
             await client.keep_quorum(config.quorum, bound)
         if self._hasty.is_due(differs=answer.down_after != config.sentinel.down_after, now=self._clock()):
             await client.keep_down_after(config.sentinel.down_after, bound)
+
+    def judge(self) -> None:
+        """Judge the answers again now: what this node has given away, or was given, counts from this moment on."""
+        self._publish()
 
     def _publish(self) -> None:
         """Write what follows from the answers. Without a pause in between, so every snapshot is of one mind."""

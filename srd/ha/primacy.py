@@ -17,9 +17,10 @@ from srd.ha.fence import Fence
 from srd.ha.fleet import Fleet
 from srd.ha.lease import endpoint_of
 from srd.ha.observe import Observer
-from srd.ha.promotion import LEASE_TOPIC, AskPeer, Promotion
+from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, AskPeer, Promotion
 from srd.ha.restart import Death
-from srd.model import Body, RefusedError, Role, Secrets, Service
+from srd.ha.switchover import Switched, Switchover
+from srd.model import Body, RefusedError, Role, Secrets, Service, SrdError
 from srd.reconcile import Loop, contained
 from srd.state import Situation, Store
 
@@ -28,6 +29,9 @@ WATCH_SECONDS: Final = 0.1
 FENCE_PASS_SECONDS: Final = 5.0
 # A choice of the sentinels is waited for, and before that for them to see who has most.
 REPLACING_SECONDS: Final = 15.0
+SWITCHOVER_TOPIC: Final = "switchover"
+# For all of its steps, each of which has a bound.
+SWITCHOVER_SECONDS: Final = 30.0
 
 
 class Primacy:
@@ -49,6 +53,10 @@ class Primacy:
     ) -> None:
         self._config, self._node, self._situation = config, node, situation
         self._custody = Custody()
+        self._ask_peer = ask_peer
+        self._wanted: asyncio.Queue[tuple[str | None, asyncio.Future[Switched]]] = asyncio.Queue(1)
+        self._promotion: Promotion | None = None
+        self._switchover: Switchover | None = None
         self._fleet = Fleet(config, secrets)
         self._died = asyncio.Event()  # this node's redis, as a primary
         self.failover = Failover(self._fleet, situation=situation, wake=self.look)
@@ -58,10 +66,26 @@ class Primacy:
         own = self._fleet.redises.get(node.name)
         if own is not None:
             promotion = Promotion(self._fleet, node, custody=self._custody, ask_peer=ask_peer, wake=self.look)
+            self._promotion = promotion
             hearers.append(promotion.heard)
+            self._switchover = Switchover(
+                self._fleet,
+                node,
+                custody=self._custody,
+                situation=situation,
+                ask_peer=ask_peer,
+                judge=self._judge,
+                look=self.look,
+            )
             fence = Fence(own, store, situation=situation, wake=self.look)
             fencing = Loop("fence", fence.reconcile, resync=WATCH_SECONDS, timeout=FENCE_PASS_SECONDS)
-            self.bodies += [fencing.run, promotion.run, self._have_it_replaced]
+            self.bodies += [
+                fencing.run,
+                promotion.run,
+                promotion.gather,
+                self._have_it_replaced,
+                partial(self._switch_all, self._switchover),
+            ]
         self.observer = Observer(config, node, secrets, store, wake=(wake,), heard=hearers, custody=self._custody)
         self.bodies.append(self.observer.run)
         self.loops = (self.observer.loop,)
@@ -94,26 +118,82 @@ class Primacy:
         named = lease.primary if lease is not None else None
         return self.observer.last_role is Role.PRIMARY and named not in (None, endpoint_of(self._config, self._node))
 
-    async def answer(self, peer: str, topic: str, _body: Body) -> Body:
+    async def switch_over(self, to: str | None, *, dry_run: bool) -> Body:
+        """Move the primary to a node, or to the fittest; by the primary's srd, wherever this is asked.
+
+        Return `from`, `to`, and after it was done `gap_seconds`, `seconds` and whether it is `named` by the sentinels.
+        `SrdError` says what speaks against it, or what went wrong.
+        """
+        s = self._situation()
+        lease = s.view.lease
+        primary = s.config.node_at(lease.primary.address) if lease is not None and lease.primary is not None else None
+        if primary is None:
+            raise RefusedError("switch over", "the primary", "no majority of the sentinels names one")
+        if primary != self._node:
+            body: Body = {"to": to, "dry_run": dry_run}
+            return await self._ask_peer(primary.name, SWITCHOVER_TOPIC, body, SWITCHOVER_SECONDS)
+        if self._switchover is None:
+            raise RefusedError("switch over from", self._node.name, "it runs no redis")
+        if dry_run:
+            return {"from": self._node.name, "to": self._switchover.choose(to).name}
+        done: asyncio.Future[Switched] = asyncio.get_running_loop().create_future()
+        try:
+            self._wanted.put_nowait((to, done))
+        except asyncio.QueueFull:
+            raise RefusedError("switch over from", self._node.name, "another switchover is under way") from None
+        # Whoever asks may go away, its connection may be replaced by new keys: what has begun goes on to its end.
+        switched = await asyncio.shield(done)
+        return {
+            "from": self._node.name,
+            "to": switched.successor,
+            "gap_seconds": switched.gap_seconds,
+            "seconds": switched.seconds,
+            "named": switched.named,
+        }
+
+    async def _switch_all(self, switchover: Switchover) -> None:
+        """Do the switchovers that are asked for, one at a time."""
+        while True:
+            to, done = await self._wanted.get()
+            try:
+                result = await switchover.run(to)
+            except SrdError as error:
+                if not done.done():
+                    done.set_exception(error)
+            else:
+                if not done.done():
+                    done.set_result(result)
+
+    async def answer(self, peer: str, topic: str, body: Body) -> Body:
         """Answer another node's srd; `RefusedError` says why not."""
-        if topic != LEASE_TOPIC:
-            raise RefusedError("answer", topic, "this srd knows no such question")
-        return {"seconds": self._give_lease(peer)}
+        if topic == LEASE_TOPIC:
+            return {"seconds": self._give_lease(peer)}
+        if topic == REIGN_TOPIC and self._promotion is not None and body.get("former") == peer:
+            await self._promotion.succeed(peer)
+            return {}
+        if topic == SWITCHOVER_TOPIC:
+            to = body.get("to")
+            return await self.switch_over(to if isinstance(to, str) else None, dry_run=body.get("dry_run") is True)
+        raise RefusedError("answer", topic, "this srd knows no such question")
+
+    def _judge(self) -> None:
+        self.observer.judge()
 
     def _give_lease(self, peer: str) -> float:
         """Give what is left of this node's lease to the node whose redis was promoted; return for how many seconds."""
         s = self._situation()
         child, redis, lease = s.view.children.get(Service.REDIS), s.view.redis, s.view.lease
         runs = child is not None and child.pid is not None
-        if runs and (redis is None or redis.role is not Role.REPLICA):
-            raise RefusedError("give", "the lease", f"the redis of {s.node.name} may be primary itself")
-        named = lease.primary if lease is not None else None
-        heir = s.config.node(peer)
-        others = named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, heir))
-        seconds = 0.0 if others else self._custody.give(peer, s.now)
+        if not self._custody.is_heir(peer, s.now):
+            if runs and (redis is None or redis.role is not Role.REPLICA):
+                raise RefusedError("give", "the lease", f"the redis of {s.node.name} may be primary itself")
+            named = lease.primary if lease is not None else None
+            if named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, s.config.node(peer))):
+                raise RefusedError("give", "the lease", f"the sentinels name {named}")
+        seconds = self._custody.give(peer, s.now)
         if seconds <= 0:
             raise RefusedError("give", "the lease", f"{s.node.name} has none")
-        self.look()
+        self._judge()
         return seconds
 
     async def _have_it_replaced(self) -> None:

@@ -34,6 +34,7 @@ from srd.reconcile import boottime
 log = structlog.get_logger(__name__)
 
 LEASE_TOPIC: Final = "lease"
+REIGN_TOPIC: Final = "reign"
 # The leader sends SLAVEOF NO ONE at its next tick, 0.05 to 0.1 s after its choice; it gives up after failover-timeout.
 PROMOTION_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.01
@@ -62,6 +63,7 @@ class Promotion:
         self._ask_peer = ask_peer
         self._wake = wake
         self._selected = asyncio.Event()
+        self._followers = asyncio.Event()
         self._former: Endpoint | None = None
 
     def heard(self, event: Event) -> None:
@@ -77,8 +79,7 @@ class Promotion:
             await self._selected.wait()
             self._selected.clear()
             if await self._promoted(self._fleet.redises[self._node.name]):
-                self._wake()
-                await self.reign()
+                await self._reign()
 
     async def _promoted(self, own: RedisClient) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -90,12 +91,26 @@ class Promotion:
                     await asyncio.sleep(LOOK_SECONDS)
         return False
 
-    async def reign(self) -> None:
+    async def succeed(self, former: str) -> None:
+        """Take over from a primary that has switched over to this node; return when this node leads."""
+        self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
+        await self._claim()
+        self._followers.set()
+
+    async def _reign(self) -> None:
         """Take over from the former primary: its lease, and its replicas."""
+        self._wake()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._claim())
             group.create_task(self._gather())
         self._wake()
+
+    async def gather(self) -> None:
+        """Have the replicas follow whenever this node has succeeded; until cancelled."""
+        while True:
+            await self._followers.wait()
+            self._followers.clear()
+            await self._gather()
 
     async def _claim(self) -> None:
         config = self._fleet.config

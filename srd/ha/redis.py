@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, Wire, alive, checked, flag
+from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, UnexpectedReplyError, Wire, alive, checked, flag
 from srd.model import Endpoint, Role, Secrets
 from srd.reconcile import boottime
 from srd.state import Redis, ReplicaOf
@@ -60,6 +60,25 @@ class RedisClient:
         """Make it a replica of another."""
         await self._do(_follow(primary), seconds=seconds)
 
+    async def lead(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Make it a primary."""
+        await self._do(("REPLICAOF", "NO", "ONE"), seconds=seconds)
+
+    async def pause_writes(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
+        """Have whoever writes wait, for so long at most; what waits is done when that ends, unless it is ended first.
+
+        Redis stops its own expiry meanwhile, so that replicas can catch up (CLIENT PAUSE, mode WRITE, redis 6.2).
+        """
+        await self._do(("CLIENT", "PAUSE", str(milliseconds), "WRITE"), seconds=seconds)
+
+    async def resume(self, seconds: float = ANSWER_SECONDS) -> None:
+        """End a pause."""
+        await self._do(("CLIENT", "UNPAUSE"), seconds=seconds)
+
+    async def end_clients(self, seconds: float = ANSWER_SECONDS) -> None:
+        """End its clients' connections, and with them what they wait for."""
+        await self._do(_KILL_CLIENTS, seconds=seconds)
+
     async def give_way(self, primary: Endpoint, seconds: float = ANSWER_SECONDS) -> None:
         """Make a primary that was replaced a replica of its successor; what its clients write is refused first."""
         await self._do(_SHUT, _follow(primary), _KILL_CLIENTS, seconds=seconds)
@@ -70,8 +89,17 @@ class RedisClient:
 
     async def role(self, seconds: float = ANSWER_SECONDS) -> Role:
         """Return what it is at this moment; cheaper than `observe`."""
+        return (await self.position(seconds))[0]
+
+    async def position(self, seconds: float = ANSWER_SECONDS) -> tuple[Role, int]:
+        """Return what it is at this moment, and how many bytes of the stream it has written or read."""
         (reply,) = await self._wire.ask(("ROLE",), seconds=seconds)
-        return Role.PRIMARY if checked(self._wire.subject, reply, list)[:1] == ["master"] else Role.REPLICA
+        match checked(self._wire.subject, reply, list):
+            case ["master", int(offset), *_]:
+                return Role.PRIMARY, offset
+            case ["slave", _, _, _, int(offset)]:
+                return Role.REPLICA, offset
+        raise UnexpectedReplyError("understand", self._wire.subject, f"ROLE is {reply!r}")
 
     async def _do(self, *commands: tuple[str, ...], seconds: float) -> None:
         for reply in await self._wire.ask(*commands, seconds=seconds):

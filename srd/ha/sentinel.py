@@ -127,6 +127,14 @@ class SentinelClient:
         replicas = [Fields.of_list(subject, entry) for entry in checked(subject, listed, list)]
         return {replica.endpoint("ip", "port"): replica.get("slave-priority", int) for replica in replicas}
 
+    async def fail_over(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it promote the replica that it prefers, without a vote. Of one sentinel only: two make two primaries.
+
+        `UnexpectedReplyError` when it refuses: another failover is under way, or it knows no good replica.
+        """
+        (reply,) = await self._wire.ask(("SENTINEL", "FAILOVER", self._master), seconds=seconds)
+        checked(self._wire.subject, reply, str)
+
     async def look_often(self, seconds: float = ANSWER_SECONDS) -> None:
         """Have it look at the replicas so often that it soon sees a changed priority; `keep_pace` ends that."""
         await self._wire.ask(("SENTINEL", "DEBUG", "info-period", str(QUICK_INFO_MILLISECONDS)), seconds=seconds)

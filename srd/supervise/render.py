@@ -81,6 +81,7 @@ def redis_conf(config: Config, node: Node, secrets: Secrets, directory: Path, pr
         primary=primary,
         min_replicas=config.min_replicas_to_write,
         max_lag=MIN_REPLICAS_MAX_LAG,
+        priority=config.node(node.name).priority,
         replicas=max(len(config.redis_nodes) - 1, 0),
         settings=[(name, '""' if value == "" else value) for name, value in config.redis.settings.items()],
     )

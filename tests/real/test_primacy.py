@@ -16,12 +16,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import redis.exceptions
+from redis.asyncio import Redis as RawRedis
 from support.sentinels import SECRETS, Cluster, raw, redis_client, sentinel_client, until, whole
 
+from srd.cluster import DEFAULT_PRIORITY
 from srd.ha.failover import REPLACE_SECONDS
 from srd.ha.primacy import Primacy
 from srd.ha.redis import FENCED
-from srd.model import Body, Endpoint, RefusedError, Role, Service
+from srd.ha.sentinel import SentinelClient
+from srd.model import Body, Endpoint, RefusedError, Role, Service, SrdError
 from srd.reconcile import boottime, until_first
 from srd.state import Child, ChildState, Lease, PeerReport, Situation, Store, View
 
@@ -314,3 +318,116 @@ async def test_what_redis_demands_of_a_write_is_kept_true(cluster: Cluster, srds
                 return (await client.observe()).min_replicas_to_write == 1
 
             await until(kept)
+
+
+class Writer:
+    """An application that writes without a pause, finds the primary by asking who says yes, and keeps its record."""
+
+    def __init__(self, cluster: Cluster, srds: dict[str, Srd], number: int) -> None:
+        self._cluster, self._srds, self._key = cluster, srds, f"writer:{number}"
+        self.acknowledged: list[int] = []
+        self.gap = 0.0
+        self.ends = False  # redis-py loses a cancellation now and then
+
+    async def run(self) -> None:
+        value, last = 0, time.monotonic()
+        client: RawRedis | None = None
+        leading = ""
+        while not self.ends:
+            leader = next((name for name, srd in self._srds.items() if srd.leads()), None)
+            if leader is None:
+                await asyncio.sleep(0.001)
+                continue
+            if leader != leading or client is None:
+                if client is not None:
+                    await client.aclose()
+                client, leading = raw(self._cluster, leader), leader
+            value += 1
+            try:
+                await client.rpush(self._key, value)
+            except redis.exceptions.RedisError:
+                await asyncio.sleep(0)
+                continue
+            now = time.monotonic()
+            self.gap, last = max(self.gap, now - last), now
+            self.acknowledged.append(value)
+        if client is not None:
+            await client.aclose()
+
+    async def lost(self, name: str) -> set[int]:
+        client = raw(self._cluster, name)
+        try:
+            return set(self.acknowledged) - {int(value) for value in await client.lrange(self._key, 0, -1)}
+        finally:
+            await client.aclose()
+
+
+@contextlib.asynccontextmanager
+async def writing(cluster: Cluster, srds: dict[str, Srd], count: int = 4) -> AsyncIterator[list[Writer]]:
+    writers = [Writer(cluster, srds, number) for number in range(count)]
+    async with asyncio.TaskGroup() as group:
+        for writer in writers:
+            group.create_task(writer.run())
+        yield writers
+        for writer in writers:
+            writer.ends = True
+
+
+async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        leading = "n1"
+        for target in ("n2", "n3", "n1"):
+            async with writing(cluster, srds) as writers:
+                await asyncio.sleep(0.5)
+                # Asked of a node that is not the primary, as people do.
+                done = await srds["n3" if leading != "n3" else "n1"].primacy.switch_over(target, dry_run=False)
+                await asyncio.sleep(0.5)
+            show(gap=done["gap_seconds"], seen=max(writer.gap for writer in writers), all=done["seconds"])
+            assert (done["from"], done["to"], done["named"]) == (leading, target, True)
+            assert [await writer.lost(target) for writer in writers] == [set()] * len(writers)
+            assert sum(len(writer.acknowledged) for writer in writers) > 100
+            await settled(cluster, cluster.endpoint(target))
+            assert srds[target].leads()
+            leading = target
+        for name in NAMES:
+            async with redis_client(cluster, name) as client:
+                assert (await client.observe()).priority == DEFAULT_PRIORITY
+
+
+async def test_a_switchover_whose_successor_cannot_catch_up_leaves_everything_as_it_was(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES), redis_client(cluster, "n2") as successor:
+        # It stops reading the stream just when it is needed: its link is cut by a wrong password.
+        original = srds["n1"].primacy._switchover
+        assert original is not None
+
+        async def cut(*_: object) -> SentinelClient:
+            chosen = await prefer(*_)
+            await successor._do(("CONFIG", "SET", "masterauth", "wrong"), seconds=1)
+            await successor._do(("CLIENT", "KILL", "TYPE", "master"), seconds=1)
+            await writes(cluster, "n1")
+            return chosen
+
+        prefer, original._prefer = original._prefer, cut
+        with pytest.raises(SrdError, match="cannot switch over to n2: it has not caught up"):
+            await srds["n1"].primacy.switch_over("n2", dry_run=False)
+        assert srds["n1"].leads()
+        await writes(cluster, "n1")
+        await successor._do(("CONFIG", "SET", "masterauth", "replication"), seconds=1)
+        assert (await successor.observe()).priority == DEFAULT_PRIORITY
+
+
+@pytest.mark.parametrize(
+    ("to", "reason"),
+    [("n1", "no other node that runs redis and is named n1"), ("n9", "named n9"), ("n3", "the srd of n3 is not heard")],
+)
+async def test_a_switchover_that_would_do_harm_is_refused(srds: dict[str, Srd], to: str, reason: str) -> None:
+    async with watched(srds, "n1", "n2"):
+        await srds["n2"].until(lambda view: view.lease is not None and view.lease.primary is not None)
+        with pytest.raises(RefusedError, match=reason):
+            await srds["n2"].primacy.switch_over(to, dry_run=False)
+        assert await srds["n2"].primacy.switch_over(None, dry_run=True) == {"from": "n1", "to": "n2"}
+        assert srds["n1"].leads()
