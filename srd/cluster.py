@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from ipaddress import IPv4Address
 from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from srd.model import ConfigError, IpAddress, IpsecMode, NodeKind, Suite
+from srd.model import ConfigError, Endpoint, IpAddress, IpsecMode, NodeKind, Suite
+
+LOCALHOST: Final = IPv4Address("127.0.0.1")
 
 KEYING_PORT: Final = 849
 # One mask (0xfff8) covers exactly these eight client ports; all are privileged, so no application can bind one.
@@ -97,6 +100,12 @@ class HttpSection(Section, frozen=True):
     max_connections_per_address: Annotated[int, Meta(ge=4, le=65536)] = 64
 
 
+class HaproxyAgentSection(Section, frozen=True):
+    """`[haproxy_agent]`: where haproxy's agent-check asks; `[http]` has its bounds."""
+
+    port: Port = 8081
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """A member of the mesh: at most one address per IP family, the first one is the one that redis announces.
@@ -143,6 +152,7 @@ class Config:
     tls: TlsSection
     ipsec: IpsecSection
     http: HttpSection
+    haproxy_agent: HaproxyAgentSection
     bypass: tuple[Bypass, ...]
     revoked: frozenset[int] = frozenset()
     parting_udp_ports: frozenset[int] = frozenset()  # of keys that were made by a former file and may be in use
@@ -172,6 +182,11 @@ class Config:
     def peers_of(self, name: str) -> tuple[Node, ...]:
         """Return every other member of the mesh, in the order of the file."""
         return tuple(node for node in self.nodes if node.name != name)
+
+    def open_endpoints(self, node: Node, port: int) -> tuple[Endpoint, ...]:
+        """Return where srd of this node serves whoever asks: its addresses, and 127.0.0.1 where that is wanted."""
+        local = (LOCALHOST,) if self.listen_localhost and LOCALHOST not in node.addresses else ()
+        return tuple(Endpoint(address, port) for address in (*node.addresses, *local))
 
     def joined_by(self, client: Node) -> Config:
         """Return the cluster with one more client than the file has; `ConfigError` when its certificate does not fit.

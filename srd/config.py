@@ -26,6 +26,7 @@ from srd.cluster import (
     PREFERRED_PRIORITY,
     Bypass,
     Config,
+    HaproxyAgentSection,
     HttpSection,
     IpsecSection,
     Node,
@@ -60,6 +61,7 @@ class _RawFile(Section, frozen=True):
     tls: TlsSection = TlsSection()
     ipsec: IpsecSection = IpsecSection()
     http: HttpSection = HttpSection()
+    haproxy_agent: HaproxyAgentSection = HaproxyAgentSection()
     trust: TrustSection = TrustSection()
 
 
@@ -137,6 +139,7 @@ class _Checker:
             tls=raw.tls,
             ipsec=raw.ipsec,
             http=raw.http,
+            haproxy_agent=raw.haproxy_agent,
             bypass=bypass,
             revoked=self._revoked(),
         )
@@ -222,6 +225,7 @@ class _Checker:
             ("sentinel.port", raw.sentinel.port),
             ("tls.port", raw.tls.port),
             ("http.port", raw.http.port),
+            ("haproxy_agent.port", raw.haproxy_agent.port),
         )
         owners: dict[int, str] = {}
         for key, port in ports:

@@ -184,7 +184,7 @@ def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
     only its priority.
     """
     sections = {table: getattr(old, table).__struct_fields__ for table in ("redis", "sentinel", "tls")}
-    sections |= {"ipsec": ("mode",), "http": ("port",)}
+    sections |= {"ipsec": ("mode",), "http": ("port",), "haproxy_agent": ("port",)}
     changed = [
         f"{table}.{key}"
         for table, keys in sections.items()

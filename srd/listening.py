@@ -114,6 +114,6 @@ def _listening(endpoint: Endpoint, backlog: int) -> socket.socket:
             listener.listen(backlog)
             stack.pop_all()
     except OSError as error:
-        remedy = "cluster.toml says where: the node's addresses, http.port and tls.port"
+        remedy = "cluster.toml says where: the node's addresses, http.port, haproxy_agent.port and tls.port"
         raise SrdError("listen on", str(endpoint), (error.strerror or str(error)).lower(), remedy) from error
     return listener

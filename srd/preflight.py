@@ -20,7 +20,7 @@ from srd.ipsec.suites import grades, read_proc_crypto
 from srd.ipsec.teardown import owned
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
 from srd.supervise.adopt import MARKER_NAME
-from srd.supervise.programs import LOCALHOST, check_endpoint, check_ports, check_programs
+from srd.supervise.programs import check_endpoint, check_ports, check_programs
 from srd.trust.bundle import Bundle, load_bundle
 
 # An IPv6 address is tentative for a second or two (RFC 4862), and DHCP may be late at boot. What is missing after 10 s
@@ -98,9 +98,9 @@ def _problems_of(
     config, node = bundle.config, bundle.node
     if strangers := _missing_addresses(node):  # of a machine that is not the bundle's, nothing else is worth saying
         return strangers
-    wanted = [Endpoint(address, port) for port in (KEYING_PORT, config.http.port) for address in node.addresses]
-    if config.listen_localhost and LOCALHOST not in node.addresses:
-        wanted.append(Endpoint(LOCALHOST, config.http.port))
+    wanted = [Endpoint(address, KEYING_PORT) for address in node.addresses]
+    for port in (config.http.port, config.haproxy_agent.port):
+        wanted += config.open_endpoints(node, port)
     free = [] if running else [endpoint for endpoint in wanted if endpoint not in own]
     return [
         *_missing_capabilities(config),

@@ -7,11 +7,10 @@ import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from srd.cluster import Config, Node
+from srd.cluster import LOCALHOST, Config, Node
 from srd.listening import bound_socket
 from srd.model import SYSTEM_PATH, ConfigError, Endpoint, Paths, PermissionRefusedError, Service, SrdError
 from srd.state import services_of
@@ -26,8 +25,6 @@ _OTHER_NAMES: Final = {
     "stunnel4": "stunnel",
 }
 _PACKAGES: Final = {Service.REDIS: "redis-tools", Service.SENTINEL: "redis-tools", Service.STUNNEL: "stunnel4"}
-
-LOCALHOST: Final = IPv4Address("127.0.0.1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ def test_a_missing_program(bundle: Path) -> None:
 @pytest.mark.before_the_cluster
 @pytest.mark.parametrize(
     ("address", "port"),
-    [("192.168.205.10", 6379), ("192.168.205.10", 849), ("192.168.205.10", 8080), ("127.0.0.1", 8080)],
+    [("192.168.205.10", 6379), ("192.168.205.10", 849), ("192.168.205.10", 8080), ("127.0.0.1", 8081)],
 )
 def test_a_port_that_another_program_holds(bundle: Path, address: str, port: int) -> None:
     code = f"import socket, sys; s = socket.create_server(('{address}', {port})); print(flush=True); sys.stdin.read()"

@@ -13,11 +13,13 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from support.clusters import cluster_toml, make_bundles, paths_of
 from support.nodes import free_ports, world
 
 from srd.cluster import Config
 from srd.config import parse_config
 from srd.model import ConfigError, Endpoint, PermissionRefusedError, Service
+from srd.preflight import _problems_of
 from srd.supervise.listener import listener_of
 from srd.supervise.programs import (
     _explain,
@@ -209,3 +211,17 @@ async def test_a_nodes_own_children_are_not_in_its_way_but_in_anothers() -> None
 def test_a_port_that_the_kernel_refuses_is_a_matter_of_permission() -> None:
     error = _explain(Endpoint(HERE, 1), PermissionError(errno.EACCES, "Permission denied"))
     assert isinstance(error, PermissionRefusedError)
+
+
+@pytest.mark.parametrize("section", ["http", "haproxy_agent"])
+def test_a_taken_port_of_srd_itself_is_named(tmp_path: Path, section: str) -> None:
+    with socket.socket() as other:
+        other.bind((str(HERE), 0))
+        other.listen()
+        port = other.getsockname()[1]
+        bundle = make_bundles(tmp_path, cluster_toml(extra=f"[{section}]\nport = {port}\n"))["redis-1"]
+        paths = paths_of(tmp_path, "redis-1")
+        taken = [problem.subject for problem in _problems_of(bundle, paths, children=False)]
+        assert f"{HERE}:{port}" in taken
+        kept = {Endpoint(HERE, port)}  # by sockets that outlived the srd before
+        assert f"{HERE}:{port}" not in {each.subject for each in _problems_of(bundle, paths, own=kept, children=False)}

@@ -29,7 +29,7 @@ def test_the_reference_shows_the_defaults() -> None:
 
 def test_the_reference_names_every_key() -> None:
     config = parse(REFERENCE)
-    for section in ("redis", "sentinel", "tls", "ipsec", "http"):
+    for section in ("redis", "sentinel", "tls", "ipsec", "http", "haproxy_agent"):
         text = REFERENCE[REFERENCE.index(f"[{section}]") :]
         for key in getattr(config, section).__struct_fields__:
             assert re.search(rf"^#? ?{key} = |^\[{section}\.{key}\]", text, re.MULTILINE), f"{section}.{key}"
@@ -67,6 +67,8 @@ def test_an_arbiter_votes_and_holds_no_data() -> None:
         (MINIMAL + "[sentinel]\ndown_after = 1\n", "sentinel.down_after", 16, "takes writes for up to 4 s"),
         (MINIMAL + "[redis]\nport = 26379\n", "redis.port", 16, "port 26379 is sentinel.port too"),
         (MINIMAL + "[http]\nport = 849\n", "http.port", 16, "port 849 is taken by the keying channel"),
+        (MINIMAL + "[http]\nport = 8081\n", "http.port", 16, "port 8081 is haproxy_agent.port too"),
+        (MINIMAL + "[haproxy_agent]\nhost = 1\n", "haproxy_agent.host", 16, "no such key"),
         (MINIMAL + "[tls]\nport = 0\n", "tls.port", 16, "expected int >= 1"),
         (MINIMAL + '[redis]\nport = "6379"\n', "redis.port", 16, "expected int, got str"),
         (MINIMAL + '[ipsec]\nbypass = ["tcp/6379"]\n', "ipsec.bypass", 16, "never in plaintext"),
