@@ -50,7 +50,8 @@ from srd.supervise.orphans import collect_orphans
 from srd.systemd import FdStore, Notifier, handed_over, own_unit, starting_again
 from srd.trust.authority import identify
 from srd.trust.bundle import load_bundle
-from srd.web import health
+from srd.web import agent, health
+from srd.web.agent import AgentServer
 from srd.web.app import BACKLOG, LIVENESS_SECONDS, WebServer
 
 log = structlog.get_logger(__name__)
@@ -99,6 +100,7 @@ class Daemon:
         self._paths = paths
         self._notifier = notifier
         self._sockets = Listeners("http", fds, backlog=BACKLOG)  # while srd is away a check waits in them
+        self._agent_sockets = Listeners("agent", fds, backlog=agent.BACKLOG)
         self._early_stop = early_stop
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
@@ -147,12 +149,19 @@ class Daemon:
                 await self._protection.stand()
                 installer = self._protection.mesh
                 bodies += self._protection.bodies
-            web = WebServer(self.situation, version=VERSION, loops=self._loops, known=self._known)
+            checks = AgentServer(self.situation, known=self._known)
+            self._store.on_change(checks.wake)
+            web = WebServer(
+                self.situation, version=VERSION, loops=self._loops, known=self._known, agent_answers=checks.answers
+            )
             if self._duties is None or not self._sockets.endpoints:
                 self._known.set()  # nobody was here before, whose word would be taken back
             stack.callback(self._sockets.release)
             await web.start(self._sockets)
             stack.push_async_callback(web.stop)
+            stack.callback(self._agent_sockets.release)
+            await checks.start(self._agent_sockets)
+            stack.push_async_callback(checks.stop)
             # Whatever the first look at the children takes: a check is not left without an answer.
             stack.callback(asyncio.get_running_loop().call_later(KNOWING_LIMIT_SECONDS, self._known.set).cancel)
             if self._duties is not None:

@@ -12,13 +12,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Address
 from typing import Any, Final
 
 from aiohttp import web
 
 from srd.listening import Listeners
-from srd.model import Endpoint, IpAddress
+from srd.model import Endpoint
 from srd.reconcile import Loop
 from srd.state import Situation
 from srd.web import documents, health
@@ -31,10 +30,10 @@ METHODS: Final = ("GET", "HEAD", "OPTIONS")
 # Loops resync every 30 s at most, and a pass is bounded: one that is silent this long is stuck.
 LIVENESS_SECONDS: Final = 60.0
 
-_LOCALHOST: Final = IPv4Address("127.0.0.1")
 _JSON: Final = "application/json"
 _HEADERS: Final = {"Server": "srd", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _STOP_SECONDS: Final = 2.0
+_NOTHING: Final[Mapping[tuple[str, str], int]] = {}
 
 
 def _no_loops() -> tuple[Loop, ...]:
@@ -44,7 +43,7 @@ def _no_loops() -> tuple[Loop, ...]:
 class WebServer:
     """Listens on every address of the node, and on 127.0.0.1 unless `listen_localhost` is off.
 
-    `situation` and `loops` are asked at each request and must return at once.
+    `situation` and `loops` are asked at each request and must return at once; `agent_answers` is a count that grows.
     """
 
     def __init__(
@@ -56,6 +55,7 @@ class WebServer:
         timeouts: Timeouts | None = None,
         liveness_seconds: float = LIVENESS_SECONDS,
         known: asyncio.Event | None = None,
+        agent_answers: Mapping[tuple[str, str], int] = _NOTHING,
     ) -> None:
         self._situation = situation
         self._known = known
@@ -65,7 +65,7 @@ class WebServer:
         self._liveness_seconds = liveness_seconds
         self._gate = Gate(lambda: situation().config.http)
         self._requests: Counter[tuple[str, int]] = Counter()
-        self._metrics = Metrics(situation, self._http_counts, loops, version)
+        self._metrics = Metrics(situation, self._http_counts, loops, version, agent_answers=agent_answers)
         self._server: GuardedServer | None = None
         self._listeners: list[asyncio.Server] = []
         self._paths: Mapping[str, Callable[[Situation], tuple[int, str, bytes]]] = {
@@ -80,12 +80,7 @@ class WebServer:
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Where this server listens, by its configuration."""
         s = self._situation()
-        addresses: list[IpAddress] = [*s.node.addresses]
-        localhost = Endpoint(_LOCALHOST, s.config.http.port)
-        found = [Endpoint(address, s.config.http.port) for address in addresses]
-        if s.config.listen_localhost and localhost not in found:
-            found.append(localhost)
-        return tuple(found)
+        return s.config.open_endpoints(s.node, s.config.http.port)
 
     async def start(self, sockets: Listeners) -> None:
         """Listen, then serve; `SrdError` names the address that cannot be had."""

@@ -117,6 +117,9 @@ _REST: Final = (
     _counter("srd_http_requests_total", "Requests answered; `other` is every unknown path.", "path", "code"),
     _gauge("srd_http_connections", "Open connections to this server."),
     _counter("srd_http_rejected_connections_total", "Connections refused or cut, by reason.", "reason"),
+    _counter(
+        "srd_haproxy_agent_answers_total", "Answers to agent-checks; `unknown` is no question.", "question", "word"
+    ),
 )
 
 # What the collector formats from a snapshot; the histogram is the one metric that keeps itself.

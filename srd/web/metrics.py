@@ -66,11 +66,13 @@ class Metrics(Collector):
         loops: Callable[[], tuple[Loop, ...]],
         version: str,
         *,
+        agent_answers: Mapping[tuple[str, str], int],
         cache_seconds: float = CACHE_SECONDS,
     ) -> None:
         self._situation = situation
         self._http_counts = http_counts
         self._loops = loops
+        self._agent_answers = agent_answers
         self._version = version
         self._cache_seconds = cache_seconds
         self._cached: tuple[float, bytes] | None = None
@@ -138,6 +140,8 @@ class Metrics(Collector):
         yield "srd_http_connections", (), counts.connections
         for reason, number in sorted(counts.refused.items()):
             yield "srd_http_rejected_connections_total", (reason,), number
+        for (question, word), number in sorted(self._agent_answers.items()):
+            yield "srd_haproxy_agent_answers_total", (question, word), number
 
 
 class _Stamps:

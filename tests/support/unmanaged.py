@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from srd.listening import Listeners
 from srd.systemd import FdStore, Notifier
+from srd.web.agent import AgentServer
 from srd.web.app import BACKLOG, WebServer
 
 
@@ -15,14 +16,14 @@ def no_store() -> FdStore:
 
 
 @contextlib.asynccontextmanager
-async def started(web: WebServer) -> AsyncIterator[None]:
+async def started(server: WebServer | AgentServer) -> AsyncIterator[None]:
     """Have the server listen and answer meanwhile."""
     listeners = Listeners("http", no_store(), backlog=BACKLOG)
     try:
-        await web.start(listeners)
+        await server.start(listeners)
         try:
             yield
         finally:
-            await web.stop()
+            await server.stop()
     finally:
         listeners.release()

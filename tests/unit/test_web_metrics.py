@@ -26,6 +26,7 @@ from srd.web.metrics import HttpCounts, Metrics
 
 ROOT = Path(__file__).parents[2]
 EVERYTHING_COUNTED = HttpCounts(requests={("/primary", 200): 7}, connections=2, refused={"timeout": 1})
+ANSWERS = {("primary", "up"): 3}
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -41,7 +42,7 @@ def loop_at(tick: float) -> Loop:
 
 
 def rendered(situation: Situation, http: HttpCounts = EVERYTHING_COUNTED) -> str:
-    metrics = Metrics(lambda: situation, lambda: http, lambda: (loop_at(NOW - 1),), "0.1.0")
+    metrics = Metrics(lambda: situation, lambda: http, lambda: (loop_at(NOW - 1),), "0.1.0", agent_answers=ANSWERS)
     metrics.observe_request("/primary", 0.0007)
     metrics.observe_request("/primary", 5.0)
     return metrics.render().decode()
@@ -128,6 +129,7 @@ def test_values_of_a_primary() -> None:
     assert value(found, "srd_health_status", check="primary") == 1
     assert value(found, "srd_health_status", check="replica") == 0
     assert value(found, "srd_http_requests_total", path="/primary", code="200") == 7
+    assert value(found, "srd_haproxy_agent_answers_total", question="primary", word="up") == 3
     assert value(found, "srd_http_request_duration_seconds_bucket", path="/primary", le="0.001") == 1
     assert value(found, "srd_http_request_duration_seconds_bucket", path="/primary", le="+Inf") == 2
     assert value(found, "srd_http_request_duration_seconds_count", path="/primary") == 2
@@ -161,7 +163,9 @@ def test_an_unknown_replica_has_no_label_of_its_own() -> None:
 
 def test_a_start_time_does_not_move_when_the_clock_is_read_again() -> None:
     now = [primary_situation()]
-    metrics = Metrics(lambda: now[0], lambda: EVERYTHING_COUNTED, tuple, "0.1.0", cache_seconds=0)
+    metrics = Metrics(
+        lambda: now[0], lambda: EVERYTHING_COUNTED, tuple, "0.1.0", agent_answers=ANSWERS, cache_seconds=0
+    )
     first = samples(metrics.render().decode())
     now[0] = replace(now[0], now=NOW + 10, wall_clock=WALL + 10.003)
     second = samples(metrics.render().decode())
@@ -174,7 +178,7 @@ def test_a_start_time_does_not_move_when_the_clock_is_read_again() -> None:
 
 def test_a_scrape_is_made_once_a_second() -> None:
     now = [primary_situation()]
-    metrics = Metrics(lambda: now[0], lambda: EVERYTHING_COUNTED, tuple, "0.1.0")
+    metrics = Metrics(lambda: now[0], lambda: EVERYTHING_COUNTED, tuple, "0.1.0", agent_answers=ANSWERS)
     first = metrics.render()
     now[0] = replace(now[0], view=View(started=0.0), now=NOW + 0.9)
     assert metrics.render() is first
