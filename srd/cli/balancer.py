@@ -117,6 +117,7 @@ def haproxy_config_command(
         nodes=config.redis_nodes,
         tls_port=config.tls.port,
         http_port=config.http.port,
+        agent_port=config.haproxy_agent.port,
         listen=listen,
         port=port,
         read_only_port=read_only_port,
