@@ -53,6 +53,22 @@ def test_the_children_outlive_srd_and_no_check_is_refused(node: Machine, how: st
     assert checks.refused() <= (how not in ("restarted", "terminated"))
 
 
+@pytest.mark.parametrize("how", ["killed", "restarted"])
+def test_an_agent_check_waits_for_the_next_srd_and_is_told_what_the_node_is(node: Machine, how: str) -> None:
+    ask_agent = ("bash", "-c", "exec 3<>/dev/tcp/127.0.1.1/8081 && echo primary >&3 && cat <&3")
+    assert node.run(*ask_agent) == "up ready\n"
+    former = node.show("srd", "MainPID")
+    node.run(*(("systemctl", "restart", "--no-block", "srd") if how == "restarted" else ("kill", "-KILL", former)))
+    answers = []
+    while node.show("srd", "MainPID") in (former, "0") or not answers:
+        # One that the former srd holds ends without a word; haproxy keeps what it was told last.
+        answers.append(node.run(*ask_agent, check=False))
+    answers.append(node.run(*ask_agent))
+    assert set(answers) <= {"up ready\n", ""}
+    assert answers[-1] == "up ready\n"
+    node.wait(lambda: back(node, former), "the next srd does its job")
+
+
 def test_a_stop_that_meets_a_srd_which_still_starts_is_a_stop(node: Machine) -> None:
     before, former = pids(node), node.show("srd", "MainPID")
     node.run("kill", "-KILL", former)
