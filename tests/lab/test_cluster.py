@@ -75,6 +75,7 @@ def test_a_host_outside_the_mesh_reaches_tls_and_health_only(lab: Lab) -> None:
     assert not lab.reaches("client", "redis-1", 26379)
     assert lab.reaches("client", "redis-1", 6380)
     assert lab.reaches("client", "redis-1", 8080)
+    assert lab.reaches("client", "redis-1", 8081)
 
 
 def test_no_key_and_no_password_shows_anywhere(lab: Lab) -> None:
