@@ -238,6 +238,11 @@ class Config:
         return len(self.redis_nodes) // 2
 
     @property
+    def parallel_syncs(self) -> int:
+        """How many replicas a failover has follow the new primary at once: all of them."""
+        return max(len(self.redis_nodes) - 1, 1)
+
+    @property
     def primary_lease(self) -> float:
         """How long, in seconds from when they were asked, the word of a majority of sentinels holds."""
         return min(LEASE_SECONDS, self.sentinel.down_after - LEASE_MARGIN_SECONDS)

@@ -101,7 +101,7 @@ def sentinel_conf(config: Config, node: Node, secrets: Secrets, directory: Path,
         quorum=config.quorum,
         down_after_ms=round(config.sentinel.down_after * 1000),
         failover_timeout_ms=round(config.sentinel.failover_timeout * 1000),
-        parallel_syncs=max(len(config.redis_nodes) - 1, 1),
+        parallel_syncs=config.parallel_syncs,
     )
 
 
