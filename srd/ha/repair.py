@@ -1,0 +1,311 @@
+"""Looks at what every sentinel keeps, and mends what can be mended: one sentinel at a time, never blindly.
+
+The rules of a repair.
+1. Nothing is touched unless a majority of all voters answers directly (SENTINEL CKQUORUM goes on counting a lost
+   sentinel for `down-after`), a majority monitors one redis node, that one answers as master, and nothing is under way.
+2. What SENTINEL SET can mend is set. It changes no list and no epoch, so rule 1 is enough.
+3. What only SENTINEL RESET clears is reset on one sentinel, and only if, besides, no sentinel is in disorder
+   (doctor.DISORDER), every redis node follows the primary, every sentinel that answers lists all the others that do and
+   all replicas, and without the one to be reset a majority would still answer. So with three voters all have to answer,
+   with five one may be away. (Of one or two voters all are the majority, and all must answer.)
+   Why every redis node: a sentinel that has forgotten one that is away could not make it a replica when it returns.
+   Why every list: then nobody else is resetting a sentinel, on another node, at this moment.
+4. The next one is touched when the one that was reset has found again whoever answers, reaches the primary, has its id
+   and epoch as before, and has written its file; for that it has `FOUND_AGAIN_SECONDS`. A sentinel whose list is empty
+   takes itself for a majority of one, and only the quorum keeps it from acting alone: that is checked before.
+5. The first thing that does not come out as expected ends the repair, with what was done before.
+
+The voters are taken in the order of the file, on whatever node that is asked for, so two repairs at once meet at the
+same sentinel first, and rule 3 stops the later one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from srd.cluster import Config, Node
+from srd.ha import doctor
+from srd.ha.doctor import Look
+from srd.ha.patient import Account, Patient, wanted_settings
+from srd.ha.redis import RedisClient
+from srd.ha.resp import RespError
+from srd.model import Endpoint, RefusedError, Secrets, SrdError
+from srd.reconcile import boottime
+from srd.state import Cure, Finding, Trouble
+
+log = structlog.get_logger(__name__)
+
+# Between the two looks that a person waits for.
+LASTS_SECONDS: Final = 5.0
+FOUND_AGAIN_SECONDS: Final = 30.0
+_POLL_SECONDS: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """What was found, what kept it from being judged in full, and the last look."""
+
+    findings: tuple[Finding, ...]
+    unsettled: str | None
+    look: Look
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What a repair has done (or would do), in sentences, and what was found after it (before it, if it only would)."""
+
+    done: tuple[str, ...]
+    after: Examination
+
+
+class Doctor:
+    """Keeps `findings` of the view, and repairs. One repair at a time."""
+
+    def __init__(
+        self,
+        config: Config,
+        secrets: Secrets,
+        publish: Callable[[tuple[Finding, ...]], None],
+        *,
+        lasts: float = LASTS_SECONDS,
+        found_again: float = FOUND_AGAIN_SECONDS,
+    ) -> None:
+        self._config = config
+        self._secrets = secrets
+        self._publish = publish
+        self._lasts = lasts
+        self._found_again_seconds = found_again
+        self._seen: tuple[Finding, ...] = ()
+        self._repairing = asyncio.Lock()
+
+    def adopt(self, config: Config) -> None:
+        """Judge by a changed file from now on."""
+        self._config = config
+
+    async def watch(self) -> None:
+        """Look once, and publish what the look before has found, too."""
+        found = doctor.diagnose(self._config, await self.look())
+        lasting, self._seen = doctor.lasting(self._seen, found), found
+        self._tell(lasting)
+
+    def _tell(self, findings: Sequence[Finding]) -> None:
+        # Who is silent, other conditions say: no_majority here, child_down there.
+        self._publish(tuple(finding for finding in findings if finding.trouble is not Trouble.SILENT))
+
+    async def look(self) -> Look:
+        """Ask every voter's sentinel, and then the redis that they monitor."""
+        config = self._config
+        answers = await asyncio.gather(*(self._account(node) for node in config.voters))
+        accounts = {answer.node: answer for answer in answers if isinstance(answer, Account)}
+        silent = {
+            node.name: answer.reason
+            for node, answer in zip(config.voters, answers, strict=True)
+            if isinstance(answer, RespError)
+        }
+        primary = doctor.agreed_primary(config, accounts)
+        if primary is None:
+            return Look(accounts, silent)
+        client = RedisClient(primary, self._secrets)
+        try:
+            return Look(accounts, silent, await client.observe())
+        except RespError:
+            return Look(accounts, silent)
+        finally:
+            await client.close()
+
+    async def _account(self, node: Node) -> Account | RespError:
+        async with self._patient(node) as patient:
+            try:
+                return await patient.account()
+            except RespError as error:
+                return error
+
+    @contextlib.asynccontextmanager
+    async def _patient(self, node: Node) -> AsyncIterator[Patient]:
+        patient = Patient(self._config, node, self._secrets)
+        try:
+            yield patient
+        finally:
+            await patient.close()
+
+    async def examine(self) -> Examination:
+        """Look twice, some seconds apart, unless the first look finds nothing."""
+        look = await self.look()
+        first, moving = doctor.diagnose(self._config, look), doctor.unsettled(self._config, look)
+        if not first and moving is None:
+            return Examination((), None, look)
+        await asyncio.sleep(self._lasts)
+        look = await self.look()
+        second = doctor.diagnose(self._config, look)
+        return Examination(doctor.lasting(first, second), doctor.unsettled(self._config, look), look)
+
+    async def repair(self, *, dry_run: bool) -> Repair:
+        """Mend what can be mended; `RefusedError` if nothing was touched, `SrdError` if it ended in the middle."""
+        if self._repairing.locked():
+            raise RefusedError("repair", "the sentinels", "a repair is under way")
+        async with self._repairing:
+            before = await self.examine()
+            work = [finding for finding in before.findings if finding.cure is not Cure.BY_HAND]
+            if not work:
+                if before.unsettled is not None:
+                    raise RefusedError("repair", "the sentinels", before.unsettled)
+                return Repair((), before)
+            if dry_run:
+                return Repair(self._plan(before.look, work), before)
+            done: list[str] = []
+            try:
+                for node in self._config.voters:
+                    await self._set(node, work, done)
+                if done and any(finding.cure is Cure.RESET for finding in work):
+                    # Who announces itself rightly now is found without a reset.
+                    work = list(doctor.lasting(work, (await self.examine()).findings))
+                for node in self._config.voters:
+                    await self._reset(node, work, done)
+            except SrdError as error:
+                raise _told(error, done) from error
+            after = await self.examine()
+            self._seen = after.findings
+            self._tell(after.findings)
+            return Repair(tuple(done), after)
+
+    def _plan(self, look: Look, findings: Sequence[Finding]) -> tuple[str, ...]:
+        """Say what a repair would do, or refuse as it would."""
+        self._require_sound(look)
+        plan = []
+        for node in self._config.voters:
+            settings = [f.subject for f in findings if f.node == node.name and f.cure is Cure.SET]
+            wanted = wanted_settings(self._config, node)
+            plan += [f"set {name} of {node.name}'s sentinel to {wanted[name]}" for name in settings]
+        for node in self._config.voters:
+            stale = [f.subject for f in findings if f.node == node.name and f.cure is Cure.RESET]
+            if stale:
+                self._require_whole(look, node)
+                plan.append(f"reset {node.name}'s sentinel, so that it forgets {', '.join(stale)}")
+        return tuple(plan)
+
+    async def _set(self, node: Node, findings: Sequence[Finding], done: list[str]) -> None:
+        names = [finding.subject for finding in findings if finding.node == node.name and finding.cure is Cure.SET]
+        if not names:
+            return
+        self._require_sound(await self.look())
+        wanted = wanted_settings(self._config, node)
+        async with self._patient(node) as patient:
+            for name in names:
+                await patient.set(name, wanted[name])
+            settings = (await patient.account()).settings
+        for name in names:
+            if settings.get(name) != wanted[name]:
+                reason = f"{name} is {settings.get(name)} after it was set to {wanted[name]}"
+                raise SrdError("set", f"the sentinel of {node.name}", reason, "has that node another cluster.toml?")
+            done.append(f"set {name} of {node.name}'s sentinel to {wanted[name]}")
+            log.info("sentinel set", node=node.name, setting=name, value=wanted[name])
+
+    async def _reset(self, node: Node, findings: Sequence[Finding], done: list[str]) -> None:
+        if not any(finding.node == node.name and finding.cure is Cure.RESET for finding in findings):
+            return
+        look = await self.look()
+        still = {doctor.key(finding) for finding in doctor.diagnose(self._config, look)}
+        stale = [f for f in findings if f.node == node.name and f.cure is Cure.RESET and doctor.key(f) in still]
+        self._require_sound(look)
+        if not stale:
+            return
+        self._require_whole(look, node)
+        log.info("sentinel reset", node=node.name, to_forget=[finding.subject for finding in stale])
+        async with self._patient(node) as patient:
+            done.append(f"reset {node.name}'s sentinel")  # said even if the answer is lost
+            await patient.reset()
+            seconds = await self._found_again(patient, look, stale)
+            await patient.keep()
+        forgotten = ", ".join(finding.subject for finding in stale)
+        done[-1] += f": it has forgotten {forgotten}, and had found all the others again after {seconds:.1f} s"
+
+    async def _found_again(self, patient: Patient, look: Look, stale: Sequence[Finding]) -> float:
+        """Return after how many seconds a sentinel that was reset is whole again; `SrdError` when it is not."""
+        before, subject = _identity(look.accounts[patient.node]), f"the sentinel of {patient.node}"
+        began = boottime()
+        awaited = "it does not answer"
+        while boottime() - began < self._found_again_seconds:
+            with contextlib.suppress(RespError):
+                now = await patient.account()
+                if _identity(now) != before:
+                    reason = f"since its reset it is {_identity(now)}; before, it was {before}"
+                    raise SrdError("repair", subject, reason, "srd doctor when that is over")
+                missing = doctor.not_listed(self._config, look, now)
+                if not missing and now.flags == {"master"}:
+                    self._require_forgotten(subject, now, stale)
+                    return boottime() - began
+                awaited = f"it has not found {', '.join(missing)}" if missing else f"to it the primary is {now.flags}"
+            await asyncio.sleep(_POLL_SECONDS)
+        raise SrdError(
+            "repair",
+            subject,
+            f"{self._found_again_seconds:g} s after its reset {awaited}",
+            "srd links",
+        )
+
+    def _require_forgotten(self, subject: str, now: Account, stale: Sequence[Finding]) -> None:
+        listed = {f"{entry.run_id}@{entry.at}" for entry in now.sentinels} | set(now.replicas)
+        back = [finding.subject for finding in stale if finding.subject in listed]
+        if back:
+            raise SrdError(
+                "repair", subject, f"after its reset it has found again {', '.join(back)}", "stop what is there"
+            )
+
+    # --- whether anything may be touched
+
+    def _require_sound(self, look: Look) -> None:
+        """Refuse unless rule 1 holds."""
+        config = self._config
+        moving = doctor.unsettled(config, look)
+        if moving is not None:
+            self._refuse(moving)
+        if doctor.agreed_primary(config, look.accounts) is None:
+            self._refuse("no majority of them monitors the same redis node")
+
+    def _require_whole(self, look: Look, node: Node) -> None:
+        """Refuse to reset a voter's sentinel unless rule 3 holds."""
+        config = self._config
+        silent = sorted(look.silent)
+        if silent and len(look.accounts) - 1 < config.majority:
+            self._refuse(f"{', '.join(silent)} does not answer, and without {node.name} there would be no majority")
+        for finding in doctor.diagnose(config, look):
+            if finding.trouble in doctor.DISORDER:
+                self._refuse(f"first mend that of {finding.node}: {finding.text}", finding.remedy)
+            if finding.trouble is Trouble.SETTING and finding.subject == "quorum":
+                self._refuse(f"{finding.node}: {finding.text}")
+        for account in look.accounts.values():
+            missing = doctor.not_listed(config, look, account)
+            if missing:
+                self._refuse(f"the sentinel of {account.node} does not list {', '.join(missing)}")
+        primary = doctor.agreed_primary(config, look.accounts)
+        for other in config.redis_nodes:
+            at = Endpoint(other.address, config.redis.port)
+            if at != primary and str(at) not in look.followers:
+                reason = (
+                    f"{other.name} does not follow the primary; a sentinel that forgets it could not demote it later"
+                )
+                self._refuse(reason, "bring its redis up, or take the node out of cluster.toml")
+
+    def _refuse(self, reason: str, remedy: str = "") -> None:
+        raise RefusedError("repair", "the sentinels", reason, remedy)
+
+
+def _identity(account: Account) -> str:
+    """Return what a reset does not change."""
+    return f"{account.run_id}, which monitors {account.primary} in epoch {account.epoch}"
+
+
+def _told(error: SrdError, done: Sequence[str]) -> SrdError:
+    """Return the error that ends a repair; if something was done before, it says what."""
+    if not done:
+        return error
+    reason = f"{error.reason}; done before: {'; '.join(done)}; nothing else was touched"
+    told = SrdError(error.operation, error.subject, reason, error.remedy)
+    told.exit_status = error.exit_status
+    return told
