@@ -43,6 +43,7 @@ class Code(enum.StrEnum):
     SAVING_FAILS = "saving_fails"
     NO_MAJORITY = "no_majority"
     NO_SUCCESSOR = "no_successor"
+    SENTINEL_TROUBLE = "sentinel_trouble"
     WRITES_REFUSED = "writes_refused"
     REPLICA_LINK_DOWN = "replica_link_down"
     CERTIFICATE_EXPIRING = "certificate_expiring"
@@ -173,6 +174,12 @@ def _sentinel_conditions(s: Situation) -> list[Condition]:
         if informed < s.config.majority:
             text = f"{informed} of {len(s.config.voters)} sentinels know of a replica: nobody could take over now"
             found.append(Condition(Code.NO_SUCCESSOR, Severity.WARNING, s.config.sentinel.master, text))
+    for node in s.config.voters:
+        texts = [finding.text for finding in s.view.findings if finding.node == node.name]
+        if texts:
+            more = f"; and {len(texts) - 1} more" if len(texts) > 1 else ""
+            text = f"its sentinel: {texts[0]}{more}; see srd doctor"
+            found.append(Condition(Code.SENTINEL_TROUBLE, Severity.WARNING, node.name, text))
     return found
 
 

@@ -30,7 +30,7 @@ from srd.cluster import Config
 from srd.conditions import conditions
 from srd.control.server import ControlServer
 from srd.desired import differences, needs_restart
-from srd.duties import Duties
+from srd.duties import Duties, nobody_to_examine
 from srd.ipsec import xfrm
 from srd.ipsec.encap import try_sockets
 from srd.ipsec.exchange import Installer, Unprotected
@@ -183,6 +183,7 @@ class Daemon:
                     "/v1/restart": self._restart,
                     "/v1/stop": self._end,
                     "/v1/switchover": self._switch_over,
+                    "/v1/doctor": self._duties.examine if self._duties is not None else nobody_to_examine,
                 },
             )
             await control.start()

@@ -6,14 +6,16 @@ Wires the wings of supervision and of high availability to one another. A client
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
 from srd.cluster import Config, Node
+from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.primacy import Primacy
 from srd.ha.promotion import AskPeer
+from srd.ha.repair import Doctor
 from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.state import ChildState, Situation, Store, View, services_of
@@ -29,6 +31,9 @@ PASS_SECONDS: Final = 60.0
 
 DISKS_RESYNC_SECONDS: Final = 5.0
 DISKS_PASS_SECONDS: Final = 30.0
+
+DOCTOR_RESYNC_SECONDS: Final = 60.0
+DOCTOR_PASS_SECONDS: Final = 10.0
 
 Probe = Callable[[], Coroutine[Any, Any, None]]
 
@@ -53,6 +58,7 @@ class Duties:
         self._store, self._view = store, store.view
         self._death: restart.Death | None = None
         self._primacy = Primacy(config, node, secrets, store, situation=situation, ask_peer=ask_peer, wake=self._wake)
+        self._doctor = Doctor(config, secrets, store.writer("findings"))
         self._services = Services(
             config=config,
             node=node,
@@ -71,7 +77,8 @@ class Duties:
         self._loop = Loop("services", self._services.reconcile, resync=RESYNC_SECONDS, timeout=PASS_SECONDS)
         look = Disks(paths, store.writer("disks"), self._services.retry).reconcile
         disks = Loop("disks", look, resync=DISKS_RESYNC_SECONDS, timeout=DISKS_PASS_SECONDS)
-        self.bodies = (*self._primacy.bodies, self._services.run, self._loop.run, disks.run)
+        doctor = Loop("doctor", self._doctor.watch, resync=DOCTOR_RESYNC_SECONDS, timeout=DOCTOR_PASS_SECONDS)
+        self.bodies = (*self._primacy.bodies, self._services.run, self._loop.run, disks.run, doctor.run)
         self.loops = (*self._primacy.loops, self._loop)
 
     async def ready(self) -> None:
@@ -82,6 +89,7 @@ class Duties:
         """Take a changed file in; what follows from the number of nodes, the observer sets in redis and sentinel."""
         self._config = config
         self._primacy.adopt(config)
+        self._doctor.adopt(config)
         await self._services.adopt(config)
 
     async def stop(self) -> None:
@@ -128,6 +136,19 @@ class Duties:
             )
             raise TimedOutError("restart", service, reason, "srd children says more") from None
         return view.children[service].pid or 0
+
+    async def examine(self, asked: Mapping[str, str]) -> documents.Document:
+        """Answer `srd doctor`: what is wrong with what the sentinels keep, and with `repair` what was done about it.
+
+        With `dry_run` too, what would be done. `RefusedError` when a repair would do harm now.
+        """
+        done: tuple[str, ...] = ()
+        if asked.get("repair") == "1":
+            mended = await self._doctor.repair(dry_run=asked.get("dry_run") == "1")
+            done, seen = mended.done, mended.after
+        else:
+            seen = await self._doctor.examine()
+        return documents.examination(seen.findings, seen.unsettled, done)
 
     @property
     def longest_stop(self) -> float:
@@ -180,3 +201,8 @@ class Duties:
         except OSError as error:
             user = self._config.redis.user
             raise SrdError("look into", str(directory), str(error.strerror), f"chown -R {user}: {directory}") from error
+
+
+async def nobody_to_examine(_asked: Mapping[str, str]) -> documents.Document:
+    """Answer `srd doctor` on a node without duties, which has no password of the sentinels."""
+    raise RefusedError("examine", "the sentinels", "this node runs none", "ask one that does")

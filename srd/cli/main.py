@@ -37,6 +37,7 @@ VERBS: Final[dict[str, Verb]] = {
     "stop": Verb("srd.cli.act:stop_command", "Stop this node, or srd alone and leave its children running."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),
+    "doctor": Verb("srd.cli.doctor:doctor_command", "Say what is wrong with what the sentinels keep, and mend it."),
     "install": Verb("srd.cli.install:install_command", "Install the units and what belongs to them on this machine."),
     "uninstall": Verb("srd.cli.install:uninstall_command", "Remove what `srd install` has installed."),
     "close": Verb("srd.cli.protection:close_command", "Close this node to plaintext with its peers, without a daemon."),

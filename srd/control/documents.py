@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 from srd.cluster import Node
@@ -10,7 +11,7 @@ from srd.conditions import Condition, Severity, conditions
 from srd.members import Member
 from srd.members import members as known_members
 from srd.model import Endpoint, IpsecMode, NodeKind, Role
-from srd.state import ChildState, Situation, services_of
+from srd.state import ChildState, Finding, Situation, services_of
 
 SCHEMA: Final = 1
 
@@ -89,6 +90,11 @@ def events(situation: Situation, _version: str) -> Document:
         ],
         "sentinel_events": dict(situation.view.sentinel_events),
     }
+
+
+def examination(findings: Sequence[Finding], unsettled: str | None, done: Sequence[str]) -> Document:
+    """Return what `srd doctor` shows: what was found, why more could not be judged, what was (or would be) done."""
+    return {"findings": [asdict(finding) for finding in findings], "unsettled": unsettled, "done": list(done)}
 
 
 def _head(s: Situation) -> Document:

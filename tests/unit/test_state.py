@@ -10,7 +10,19 @@ from support.situations import arbiter_situation, primary_situation, replica_sit
 
 from srd.conditions import CHANNEL_HOLD_SECONDS, Code, Severity, conditions
 from srd.model import IpsecMode, Service
-from srd.state import Channel, Child, ChildState, DiskTrouble, Kernel, Situation, Store, Symptom
+from srd.state import (
+    Channel,
+    Child,
+    ChildState,
+    Cure,
+    DiskTrouble,
+    Finding,
+    Kernel,
+    Situation,
+    Store,
+    Symptom,
+    Trouble,
+)
 
 
 def seen(situation: Situation, **changes: object) -> Situation:
@@ -104,6 +116,21 @@ def test_a_redis_that_cannot_save_says_which_file() -> None:
     (found,) = conditions(seen(whole, redis=replace(whole.view.redis, unsaved="append-only file")))
     assert found.code is Code.SAVING_FAILS
     assert found.text.startswith("redis could not write its append-only file")
+
+
+def test_what_the_doctor_finds_is_one_condition_for_each_sentinel() -> None:
+    whole = primary_situation()
+    one = Finding(Trouble.SETTING, "redis-2", "quorum", "quorum is 1, not 2", Cure.SET)
+    more = replace(one, subject="parallel-syncs", text="parallel-syncs is 1, not 2")
+    found = conditions(seen(whole, findings=(one, more, replace(one, node="redis-3"))))
+    assert {(each.code, each.severity, each.subject) for each in found} == {
+        (Code.SENTINEL_TROUBLE, Severity.WARNING, "redis-2"),
+        (Code.SENTINEL_TROUBLE, Severity.WARNING, "redis-3"),
+    }
+    assert {each.text for each in found} == {
+        "its sentinel: quorum is 1, not 2; and 1 more; see srd doctor",
+        "its sentinel: quorum is 1, not 2; see srd doctor",
+    }
 
 
 FLAPPING = {Code.CHILD_FLAPPING: (Severity.WARNING, Service.REDIS)}
