@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from support.sentinels import SECRETS, Cluster, redis_client, sentinel_client, u
 from srd.cluster import Node
 from srd.control.server import ControlServer
 from srd.duties import Duties
-from srd.ha.doctor import not_listed
+from srd.ha.doctor import Look, not_listed
 from srd.ha.patient import Account, Patient
 from srd.ha.repair import Doctor, Examination
 from srd.ha.resp import RespError
@@ -405,6 +405,54 @@ async def test_a_reset_that_does_not_end_well_stops_everything(cluster: Cluster)
     assert stopped.value.subject == "the sentinel of n1"
     assert "done before: reset n1's sentinel; nothing else was touched" in stopped.value.reason
     await found(doctor_of(cluster), everywhere(Trouble.STALE_SENTINEL, ("n2", "n3")))
+
+
+async def test_a_primary_that_dies_while_a_sentinel_is_being_reset_is_replaced_all_the_same(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await paced(cluster)
+    await stale_sentinel(cluster, doctor_of(cluster))
+    reset = Patient.reset
+
+    async def reset_and_lose_the_primary(patient: Patient) -> None:
+        await reset(patient)
+        cluster.kill("redis-n1")
+
+    monkeypatch.setattr(Patient, "reset", reset_and_lose_the_primary)
+    with pytest.raises(SrdError, match="reset n1's sentinel; nothing else was touched"):
+        await doctor_of(cluster).repair(dry_run=False)
+
+    async def replaced() -> bool:
+        seen = await doctor_of(cluster).look()
+        primaries = {each.primary for each in seen.accounts.values()}
+        return len(primaries) == 1 and str(cluster.endpoint("n1")) not in primaries and seen.redis is not None
+
+    await until(replaced, patience_seconds(cluster.config))
+
+
+async def test_of_two_repairs_at_once_no_two_sentinels_are_being_reset(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await paced(cluster)
+    await stale_sentinel(cluster, doctor_of(cluster))
+    away: list[str] = []
+    together: list[set[str]] = []
+    found_again = Doctor._found_again
+
+    async def noted(self: Doctor, patient: Patient, look: Look, stale: Sequence[Finding]) -> float:
+        away.append(patient.node)
+        together.append(set(away))
+        try:
+            return await found_again(self, patient, look, stale)
+        finally:
+            away.remove(patient.node)
+
+    monkeypatch.setattr(Doctor, "_found_again", noted)
+    await asyncio.gather(*(doctor_of(cluster).repair(dry_run=False) for _ in range(2)), return_exceptions=True)
+    assert together
+    assert all(len(nodes) == 1 for nodes in together), together
+    assert (await doctor_of(cluster).repair(dry_run=False)).after.findings == ()
+    await nothing_to_do(doctor_of(cluster), cluster)
 
 
 async def test_a_sentinel_that_hangs_is_silent_and_delays_a_look_by_its_bound_alone(cluster: Cluster) -> None:
