@@ -12,7 +12,8 @@ The rules of a repair.
    Why every list: then nobody else is resetting a sentinel, on another node, at this moment.
 4. The next one is touched when the one that was reset has found again whoever answers, reaches the primary, has its id
    and epoch as before, and has written its file; for that it has `FOUND_AGAIN_SECONDS`. A sentinel whose list is empty
-   takes itself for a majority of one, and only the quorum keeps it from acting alone: that is checked before.
+   takes itself for a majority of one, and only the quorum keeps it from acting alone: that is checked before. If the
+   primary dies just then, the others replace it, as they know of each other and of the replicas; it votes, too.
 5. The first thing that does not come out as expected ends the repair, with what was done before.
 
 The voters are taken in the order of the file, on whatever node that is asked for, so two repairs at once meet at the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,9 @@ from srd.cluster import Config
 from srd.ha import doctor
 from srd.ha.doctor import HELLO_LIVES_SECONDS, Look
 from srd.ha.patient import Account, ListedSentinel, wanted_settings
-from srd.model import Role
+from srd.model import Role, Secret, Secrets
 from srd.state import Cure, Finding, Trouble
+from srd.supervise.render import sentinel_conf
 
 CONFIG = config()
 NAMES = ("redis-1", "redis-2", "redis-3")
@@ -96,6 +98,18 @@ def test_each_setting_is_compared(name: str) -> None:
     wrong = account(2, settings={**account(2).settings, name: "7"})
     (found,) = doctor.diagnose(CONFIG, look(wrong))
     assert (found.node, found.trouble, found.subject, found.cure) == ("redis-2", Trouble.SETTING, name, Cure.SET)
+
+
+def test_what_srd_renders_is_what_the_doctor_wants() -> None:
+    secrets = Secrets(*(Secret("password" * 2) for _ in range(4)))
+    node = CONFIG.nodes[1]
+    lines = sentinel_conf(CONFIG, node, secrets, Path("/x"), at(1)).splitlines()
+    for name, value in wanted_settings(CONFIG, node).items():
+        if name == "quorum":
+            assert f"sentinel monitor master 192.168.205.10 6379 {value}" in lines
+        else:
+            master = "" if name.startswith("announce") else "master "
+            assert f"sentinel {name} {master}{value}" in lines
 
 
 def test_a_replica_that_follows_the_primary_and_is_no_node_would_only_be_found_again() -> None:
