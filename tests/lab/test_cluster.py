@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.lab import FAMILIES, HERE, Lab, edited, pinging, spis, xfrm
+from support.lab import FAMILIES, Lab, edited, outcome, pinging, spis, writer, xfrm
 
 PASSWORD = Path("/run/lab/redis_password")
 SERVICES = ("redis", "sentinel", "stunnel")
@@ -105,21 +105,6 @@ def test_the_children_have_no_capabilities_and_are_their_own_users(lab: Lab) -> 
         assert uid != 0, service
 
 
-def writer(lab: Lab, *arguments: str) -> subprocess.Popen[str]:
-    """Start a client that writes; return when its first write was acknowledged."""
-    del lab
-    command = ["on", "client", "python3", "-I", "-S", str(HERE / "writer.py"), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    return process
-
-
-def outcome(process: subprocess.Popen[str]) -> dict[str, float]:
-    output, _ = process.communicate(timeout=120)
-    return json.loads(output)
-
-
 FAILOVERS = int(os.environ.get("LAB_FAILOVERS", "3"))
 
 
@@ -129,7 +114,7 @@ def test_a_primary_that_is_killed_is_replaced_and_rejoins_as_a_replica(lab: Lab)
     for _ in range(FAILOVERS):
         lab.wait_whole()
         first = lab.primary()
-        writing = writer(lab, "until-gap", "90")
+        writing = writer("until-gap", "90")
         os.kill(lab.children(first)["redis"]["pid"], signal.SIGKILL)
         gaps.append(outcome(writing)["longest_gap_seconds"])
         lab.wait_whole()
@@ -167,7 +152,7 @@ def test_a_srd_that_is_gone_is_noticed_by_nobody_and_its_successor_adopts(lab: L
     node = next(node for node in lab.nodes if node != lab.primary())
     pids = {service: child["pid"] for service, child in lab.children(node).items()}
     before = spis(lab, node)
-    writing = writer(lab, "for", "20")
+    writing = writer("for", "20")
     if how == "killed":
         os.kill(lab.srd_pid(node), signal.SIGKILL)
     else:

@@ -1,9 +1,10 @@
 """Writes to redis as a client does, one connection at a time, and measures the time without an acknowledged write.
 
     writer.py until-gap [SECONDS]    runs until writes failed and are back, at most SECONDS (60)
-    writer.py for SECONDS
+    writer.py for SECONDS [PAUSE]    with so many seconds between two writes (0.02)
 
 Prints one JSON object: acknowledged and failed writes, and the longest time between two acknowledged ones in seconds.
+The acknowledged ones are the keys PREFIX0, PREFIX1 and so on.
 It is running before anything is broken: starting a process takes 0.1 to 0.3 s in user-mode Linux.
 """
 
@@ -35,6 +36,7 @@ class Writer:
         self.failed = 0
         self.longest_gap = 0.0
         self.last_error = ""
+        self.prefix = f"writer:{os.getpid()}:"
         self._last = time.monotonic()
 
     def write(self) -> bool:
@@ -43,7 +45,7 @@ class Writer:
             if self._connection is None:
                 self._connection = socket.create_connection(TARGET, ANSWER_SECONDS)
                 self._ask(f"AUTH {self._password}\r\n")
-            self._ask(f"SET writer:{self.acknowledged} {time.time()}\r\n")
+            self._ask(f"SET {self.prefix}{self.acknowledged} {time.time()}\r\n")
         except OSError as error:
             self.failed += 1
             self.last_error = str(error)
@@ -79,6 +81,7 @@ class Writer:
                 "failed": self.failed,
                 "longest_gap_seconds": round(self.longest_gap, 3),
                 "last_error": self.last_error,
+                "prefix": self.prefix,
             }
         )
 
@@ -86,6 +89,7 @@ class Writer:
 def main() -> int:
     """Write until the end that the arguments name."""
     mode, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 60.0
+    pause = float(sys.argv[3]) if len(sys.argv) > 3 else PAUSE_SECONDS
     writer = Writer(os.environ["REDISCLI_AUTH"])
     while not writer.write():
         time.sleep(PAUSE_SECONDS)
@@ -96,7 +100,7 @@ def main() -> int:
         acknowledged = writer.write()
         if mode == "until-gap" and acknowledged and writer.failed and writer.longest_gap > GAP_SECONDS:
             break
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(pause)
     writer.close()
     print(writer.summary(), flush=True)
     return 0 if mode == "for" or writer.longest_gap > GAP_SECONDS else 1

@@ -120,6 +120,21 @@ class Lab:
         return int(Path(f"/run/lab/srd-{node}.pid").read_text())
 
 
+def writer(*arguments: str) -> subprocess.Popen[str]:
+    """Start a client that writes, lab/writer.py; return when its first write was acknowledged."""
+    command = ["on", "client", "python3", "-I", "-S", str(HERE / "writer.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return what a writer has counted."""
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    return json.loads(output)
+
+
 def capturing() -> Path:
     """Begin the capture of the wire; return where it goes."""
     subprocess.run(["wire", "start", str(CAPTURE)], check=True)
