@@ -57,7 +57,16 @@ class Duties:
         self._situation = situation
         self._store, self._view = store, store.view
         self._death: restart.Death | None = None
-        self._primacy = Primacy(config, node, secrets, store, situation=situation, ask_peer=ask_peer, wake=self._wake)
+        self._primacy = Primacy(
+            config,
+            node,
+            secrets,
+            store,
+            situation=situation,
+            ask_peer=ask_peer,
+            wake=self._wake,
+            keep_data=self._keep_data,
+        )
         self._doctor = Doctor(config, secrets, store.writer("findings"))
         self._services = Services(
             config=config,
@@ -161,6 +170,9 @@ class Duties:
 
     def _wake(self) -> None:
         self._loop.wake()
+
+    async def _keep_data(self) -> None:
+        await self._services.keep_data()
 
     def _probes(self) -> dict[Service, Probe]:
         """Return how each service is asked whether it does its job; only ha/ speaks to redis and sentinel."""

@@ -302,6 +302,7 @@ class View:
     findings: tuple[Finding, ...] = ()
     certificates: Mapping[str, float] = field(default_factory=dict)
     disks: Mapping[str, DiskTrouble] = field(default_factory=dict)
+    kept: str | None = None  # where the last copy of redis' files is, from before it followed another primary
     initialized: bool = False
     started: float = 0.0
 

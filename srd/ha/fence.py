@@ -17,7 +17,7 @@ hand 11 s later with its own pace, and what is written until then is lost (53,00
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -79,11 +79,13 @@ class Fence:
         *,
         situation: Callable[[], Situation],
         wake: Callable[[], None],
+        keep_data: Callable[[], Awaitable[None]],
     ) -> None:
         self._client = client
         self._situation = situation
         self._write = store.writer("fenced")
         self._wake = wake
+        self._keep_data = keep_data
         self._acted = 0.0
         self._reigned = False  # this node's redis is the primary that a majority has named
 
@@ -100,6 +102,8 @@ class Fence:
             return
         if replaced is not None:
             log.warning("following", primary=str(replaced), why="a majority of the sentinels names it")
+            await self._client.shut()
+            await self._keep_data()  # what only this node has taken may be replaced by what that one sends
             await self._client.give_way(replaced)
         elif wanted >= FENCED:
             log.warning("fenced", why="no majority of the nodes is heard")

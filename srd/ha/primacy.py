@@ -6,7 +6,7 @@ Wires the parts of this wing to one another. A node without redis, an arbiter, w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
@@ -37,7 +37,8 @@ SWITCHOVER_SECONDS: Final = 30.0
 class Primacy:
     """The parts, and what the daemon runs of them: `bodies` side by side.
 
-    `situation` is asked for every judgement, `ask_peer` asks another node's srd, `wake` is called at each event.
+    `situation` is asked for every judgement, `ask_peer` asks another node's srd, `wake` is called at each event,
+    `keep_data` before redis' files may be replaced by another node's.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Primacy:
         situation: Callable[[], Situation],
         ask_peer: AskPeer,
         wake: Callable[[], None],
+        keep_data: Callable[[], Awaitable[None]],
     ) -> None:
         self._config, self._node, self._situation = config, node, situation
         self._custody = Custody()
@@ -77,7 +79,7 @@ class Primacy:
                 judge=self._judge,
                 look=self.look,
             )
-            fence = Fence(own, store, situation=situation, wake=self.look)
+            fence = Fence(own, store, situation=situation, wake=self.look, keep_data=keep_data)
             fencing = Loop("fence", fence.reconcile, resync=WATCH_SECONDS, timeout=FENCE_PASS_SECONDS)
             self.bodies += [
                 fencing.run,

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+import structlog
 
 from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.listening import Listeners
 from srd.model import ConfigError, Endpoint, NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import boottime
-from srd.supervise import programs, render
+from srd.supervise import kept, programs, render
 from srd.supervise.adopt import Register, argv_hash, record_of
 from srd.supervise.become import send_signal
 from srd.supervise.files import Owner, make_service_directory, write_private
 from srd.supervise.running import Running
 from srd.supervise.spawn import Command, Started, spawn
+
+log = structlog.get_logger(__name__)
 
 TLS_FILES: Final = ("tls.crt", "tls.key", "ca.crt")
 
@@ -101,8 +106,30 @@ class Launcher:
     def _file(self, service: Service) -> Path:
         return self._paths.service_dir(service) / f"{service}.conf"
 
+    def keep_data(self) -> None:
+        """Keep a copy of redis' files, as they may be replaced; a failure is only logged: a replica is worth more."""
+        directory = self._paths.service_dir(Service.REDIS)
+        try:
+            owner = programs.owner_of(self._config, Service.REDIS)
+            copy = owner.do(lambda: kept.keep(directory, time.time()))
+        except (OSError, SrdError) as error:
+            log.warning("cannot keep a copy of redis' files", directory=str(directory), error=str(error))
+            return
+        if copy is not None:
+            log.info("kept a copy of redis' files", directory=str(copy))
+
+    def kept_data(self) -> Path | None:
+        """Return the last copy of redis' files that was kept, if there is one that can be seen."""
+        directory = self._paths.service_dir(Service.REDIS)
+        try:
+            return programs.owner_of(self._config, Service.REDIS).do(lambda: kept.latest(directory))
+        except (OSError, SrdError):
+            return None
+
     def _write_redis(self, owner: Owner, start: Start) -> None:
         directory = self._paths.service_dir(Service.REDIS)
+        if start.primary is not None:
+            self.keep_data()
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
         write_private(self._file(Service.REDIS), text.encode(), owner)
 

@@ -77,6 +77,7 @@ class Services:
         self._wake = wake
         self._write_children = store.writer("children")
         self._write_initialized = store.writer("initialized")
+        self._write_kept = store.writer("kept")
         self._register = Register(paths.run_dir / REGISTER_NAME)
         self._fds = fds
         self._tls_sockets = Listeners("tls", fds, backlog=TLS_BACKLOG)
@@ -106,6 +107,7 @@ class Services:
         }
         self._undecided: dict[Service, Record] = {}  # recorded children that were not told alive or gone so far
         self._complained: set[Service] = set()
+        self._kept_shown_for: int | None = 0  # the pid of the redis whose start was the last that may have made a copy
         self._looked = False
         self._adopted_stunnel = False  # and nobody has compared its certificate with the bundle's yet
         self._initialized = False
@@ -157,6 +159,10 @@ class Services:
                     await process.stop(self.grace(service))
             await self._note_joined()
             self._publish()
+            redis = self._processes.get(Service.REDIS)
+            if redis is not None and (pid := redis.snapshot().pid) != self._kept_shown_for:
+                self._kept_shown_for = pid
+                await self._show_kept()
 
     async def stop_all(self) -> None:
         """End the children in order: no new clients, no failover because of a stop, then the data on disk.
@@ -184,6 +190,15 @@ class Services:
         async with self._one_pass:
             await self._processes[service].stop(self.grace(service))
         self._wake()
+
+    async def keep_data(self) -> None:
+        """Keep a copy of redis' files, which are about to be replaced by another node's."""
+        await asyncio.to_thread(self._launcher.keep_data)
+        await self._show_kept()
+
+    async def _show_kept(self) -> None:
+        copy = await asyncio.to_thread(self._launcher.kept_data)
+        self._write_kept(str(copy) if copy is not None else None)
 
     def retry(self) -> None:
         """Start now what waits after a failure, for what it failed of may be over."""

@@ -50,6 +50,7 @@ def node_document(situation: Situation, version: str) -> Document:
         "ipsec": _ipsec(s),
         "children": [{"service": service} | _child(child) for service, child in s.view.children.items()],
         "certificates": dict(s.view.certificates),
+        "kept_data": s.view.kept,
         "conditions": [
             {"code": item.code, "severity": item.severity.name.lower(), "subject": item.subject, "text": item.text}
             for item in conditions(s)

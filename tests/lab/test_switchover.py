@@ -1,4 +1,4 @@
-"""The primary is moved on purpose, under a client that writes all the time: nothing is lost, and hardly anything waits."""
+"""The primary is moved on purpose, under a client that writes all the time: nothing is lost, hardly anything waits."""
 
 from __future__ import annotations
 

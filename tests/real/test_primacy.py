@@ -41,6 +41,7 @@ class Srd:
         self.config = cluster.config
         self.store = Store(boottime())
         self.others = others
+        self.kept = 0
         self.write_children = self.store.writer("children")
         self.write_peers = self.store.writer("peers")
         self.alive()
@@ -52,7 +53,11 @@ class Srd:
             situation=self.situation,
             ask_peer=self.ask,
             wake=lambda: None,
+            keep_data=self.keep_data,
         )
+
+    async def keep_data(self) -> None:
+        self.kept += 1
 
     def situation(self) -> Situation:
         return Situation(self.config, self.node, self.store.view(), boottime())
@@ -305,6 +310,7 @@ async def test_a_primary_that_is_replaced_by_hand_follows_its_successor_at_once(
         began = time.monotonic()
         await srds["n1"].until(lambda view: view.redis is not None and view.redis.role is Role.REPLICA)
         show(follows=time.monotonic() - began)
+        assert srds["n1"].kept == 1, "what it had taken alone is kept"
         await settled(cluster, cluster.endpoint(successor.name))
         await writes(cluster, successor.name)
 

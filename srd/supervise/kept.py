@@ -1,0 +1,55 @@
+"""A copy of what redis has on disk, from before it follows another primary. It may hold what no other node has.
+
+A replica that cannot resume its primary's stream is sent the whole data set, and its own files are replaced: writes
+that only a dead or cut-off primary had taken would be gone. The copy is made of hard links: it takes no time, and no
+room until redis replaces the files. The file that redis still appends to grows in the copy, too, until then.
+
+Everything here blocks, and is done with the rights of redis' account.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Final
+
+DIRECTORY: Final = "kept"
+# Each may come to be as large as the data set. The second is for a restart that follows soon on the one that mattered.
+COPIES: Final = 2
+
+
+def keep(data: Path, wall_clock: float) -> Path | None:
+    """Link the files of a redis' data directory into a directory of their own; return it, None if there are none.
+
+    Raises `OSError`. Older copies than the last `COPIES` are removed, and so is what an interrupted attempt has left.
+    """
+    files = [path for path in (data / "dump.rdb", *data.glob("appendonlydir/*")) if path.is_file()]
+    if not files:
+        return None
+    copies = data / DIRECTORY
+    copy = copies / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(wall_clock))
+    if copy.exists():
+        return copy
+    unfinished = copies / ".unfinished"
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    for path in files:
+        target = unfinished / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, target)
+    unfinished.rename(copy)
+    for old in _copies(data)[:-COPIES]:
+        shutil.rmtree(old)
+    return copy
+
+
+def latest(data: Path) -> Path | None:
+    """Return the last copy, None if there is none. Raises `OSError`."""
+    return next(reversed(_copies(data)), None)
+
+
+def _copies(data: Path) -> list[Path]:
+    """Return the copies, the oldest first: their names are times."""
+    return sorted(data.glob(f"{DIRECTORY}/[0-9]*Z"))

@@ -1,0 +1,67 @@
+"""What redis has on disk before it follows another primary is kept, and not for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from srd.supervise import kept
+
+NOON = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "appendonlydir").mkdir()
+    (tmp_path / "dump.rdb").write_text("all until noon")
+    (tmp_path / "appendonlydir" / "appendonly.aof.1.incr.aof").write_text("a write")
+    (tmp_path / "redis.conf").write_text("no data")
+    return tmp_path
+
+
+def files(copy: Path) -> dict[str, str]:
+    return {str(path.relative_to(copy)): path.read_text() for path in sorted(copy.rglob("*")) if path.is_file()}
+
+
+def test_a_copy_keeps_what_redis_replaces_and_is_named_by_its_time(data: Path) -> None:
+    copy = kept.keep(data, NOON)
+    assert copy == data / "kept" / "20231114T221320Z" == kept.latest(data)
+    replacement = data / "temp.rdb"
+    replacement.write_text("another node's")
+    replacement.rename(data / "dump.rdb")
+    (data / "appendonlydir" / "appendonly.aof.1.incr.aof").unlink()
+    assert files(copy) == {"appendonlydir/appendonly.aof.1.incr.aof": "a write", "dump.rdb": "all until noon"}
+
+
+def test_it_takes_no_room_as_long_as_redis_has_the_files_itself(data: Path) -> None:
+    copy = kept.keep(data, NOON)
+    assert copy is not None
+    assert (copy / "dump.rdb").stat().st_ino == (data / "dump.rdb").stat().st_ino
+
+
+def test_where_there_is_no_data_there_is_no_copy(tmp_path: Path) -> None:
+    assert kept.keep(tmp_path, NOON) is None
+    assert kept.latest(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_two_copies_stay(data: Path) -> None:
+    copies = [kept.keep(data, NOON + minutes * 60) for minutes in range(4)]
+    assert sorted((data / "kept").iterdir()) == copies[-2:]
+    assert kept.latest(data) == copies[-1]
+
+
+def test_two_starts_in_one_second_are_one_copy(data: Path) -> None:
+    assert kept.keep(data, NOON) == kept.keep(data, NOON + 0.5)
+
+
+def test_what_an_interrupted_attempt_left_is_no_copy_and_goes(data: Path) -> None:
+    unfinished = data / "kept" / ".unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "dump.rdb").write_text("half")
+    assert kept.latest(data) is None
+    copy = kept.keep(data, NOON)
+    assert copy is not None
+    assert files(copy)["dump.rdb"] == "all until noon"
+    assert not unfinished.exists()
