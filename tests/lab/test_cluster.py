@@ -120,7 +120,7 @@ def test_a_primary_that_is_killed_is_replaced_and_rejoins_as_a_replica(lab: Lab)
         lab.wait_whole()
         second = lab.primary()
         assert second != first
-        assert lab.get(first, "/replica").status == 200
+        lab.wait(lambda first=first: lab.get(first, "/replica").status == 200, f"{first} is in step")
         assert lab.get(second, "/history").body[-1]["node"] == second
     assert lab.on("client", "redis-cli", "get", "before").stdout.strip() == "the failovers"
     figures = f"median {statistics.median(gaps):.2f} s, worst {max(gaps):.2f} s"
