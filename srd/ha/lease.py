@@ -8,14 +8,18 @@ then, within `primary_lease`, another. Take a primary that is cut off at the ins
   its lease ends at t + primary_lease at the latest, without anything having to reach it.
 * A sentinel pings once a second (SENTINEL_PING_PERIOD) and takes the primary for down `down_after` after the first ping
   that stayed without a reply (sentinel.c, sentinelCheckSubjectivelyDown). That ping left at t - round trip or later,
-  so nobody else is promoted before t + down_after, less a round trip.
-* primary_lease = down_after - 1 s, so the old lease ended about a second before.
+  so nobody else is promoted before t + down_after, less a round trip. srd hurries them (ha/failover.py), but not before
+  2.1 s after that ping, and a vote takes 0.3 s more.
+* primary_lease is 2 s, so the old lease ended before.
+
+A primary whose redis has died is replaced sooner than that. It says no to /primary by itself then, and gives what is
+left of its lease to the one that was elected, to nobody else and once (ha/custody.py).
 
 A primary that hangs is not cut off: it may wake up while the sentinels replace it, and ask them. So a sentinel that
 sees it down, or is replacing it, does not count for the lease though it still names it. A sentinel in TILT counts for
 nothing: it has seen its own clock or itself stand still (sentinel.c, sentinelCheckTiltCondition).
 
-Not covered here: a promotion without a failure (SENTINEL FAILOVER) does not wait for `down_after`.
+Not covered here: a promotion without a failure that somebody else asks for (SENTINEL FAILOVER) waits for nothing.
 """
 
 from __future__ import annotations
