@@ -13,7 +13,7 @@ from srd.cluster import Config, Node
 from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
-from srd.ha.primacy import Primacy
+from srd.ha.primacy import LEAVING_SECONDS, Primacy
 from srd.ha.promotion import AskPeer
 from srd.ha.repair import Doctor
 from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
@@ -102,7 +102,8 @@ class Duties:
         await self._services.adopt(config)
 
     async def stop(self) -> None:
-        """End the services in order."""
+        """Move the primary away if it is here, then end the services in order."""
+        await self._primacy.leave()
         await self._services.stop_all()
 
     async def close(self) -> None:
@@ -162,7 +163,7 @@ class Duties:
     @property
     def longest_stop(self) -> float:
         """How many seconds `stop` may take."""
-        return self._services.longest_stop
+        return LEAVING_SECONDS + self._services.longest_stop
 
     def release(self) -> None:
         """Let go of the children without ending them."""

@@ -191,6 +191,7 @@ class SentinelAnswer:
     known_replicas: int
     flags: frozenset[str] = frozenset()
     quorum: int = 0
+    parallel_syncs: int = 0
     down_after: float = 0.0  # seconds
     unanswered: float | None = None  # CLOCK_BOOTTIME seconds of the primary's first ping that has no reply, if any
 

@@ -228,6 +228,8 @@ class Observer:
             return
         if answer.quorum != config.quorum:
             await client.keep_quorum(config.quorum, bound)
+        if answer.parallel_syncs != config.parallel_syncs:
+            await client.keep_parallel_syncs(config.parallel_syncs, bound)
         if self._hasty.is_due(differs=answer.down_after != config.sentinel.down_after, now=self._clock()):
             await client.keep_down_after(config.sentinel.down_after, bound)
 

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
+import structlog
+
 from srd.cluster import Config, Node
 from srd.ha.custody import Custody
 from srd.ha.failover import Failover
@@ -24,6 +26,8 @@ from srd.model import Body, RefusedError, Role, Secrets, Service, SrdError
 from srd.reconcile import Loop, contained
 from srd.state import Situation, Store
 
+log = structlog.get_logger(__name__)
+
 # How often it is looked whether the primary is to be fenced, or replaced: at what is known, nobody is asked for it.
 WATCH_SECONDS: Final = 0.1
 FENCE_PASS_SECONDS: Final = 5.0
@@ -32,6 +36,8 @@ REPLACING_SECONDS: Final = 15.0
 SWITCHOVER_TOPIC: Final = "switchover"
 # For all of its steps, each of which has a bound.
 SWITCHOVER_SECONDS: Final = 30.0
+# For a node that stops: the manager waits for it, and the others replace a primary that stops as one that has died.
+LEAVING_SECONDS: Final = 10.0
 
 
 class Primacy:
@@ -152,6 +158,19 @@ class Primacy:
             "seconds": switched.seconds,
             "named": switched.named,
         }
+
+    async def leave(self) -> None:
+        """Move the primary away, if it is here, because this node is about to stop; where that is refused, say why."""
+        redis = self._situation().view.redis
+        if self._switchover is None or redis is None or redis.role is not Role.PRIMARY:
+            return
+        try:
+            async with asyncio.timeout(LEAVING_SECONDS):
+                await self._switchover.run(None)
+        except TimeoutError:
+            log.warning("stopping as the primary", why=f"a switchover took longer than {LEAVING_SECONDS:g} s")
+        except SrdError as error:
+            log.warning("stopping as the primary", why=str(error))
 
     async def _switch_all(self, switchover: Switchover) -> None:
         """Do the switchovers that are asked for, one at a time."""

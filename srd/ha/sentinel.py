@@ -90,6 +90,7 @@ class SentinelClient:
             known_sentinels=master.get("num-other-sentinels", int),
             known_replicas=master.get("num-slaves", int),
             quorum=master.get("quorum", int),
+            parallel_syncs=master.get("parallel-syncs", int),
             flags=flags if master.endpoint("ip", "port") == primary else frozenset({PROMOTED}),
             down_after=master.get("down-after-milliseconds", int) / 1000,
             # Counted from the answer, so at most later than it was: nobody is taken for silent too soon.
@@ -115,6 +116,10 @@ class SentinelClient:
     async def keep_quorum(self, quorum: int, seconds: float = ANSWER_SECONDS) -> None:
         """Have it take so many sentinels for enough to call the primary down."""
         await self._set("quorum", quorum, seconds)
+
+    async def keep_parallel_syncs(self, replicas: int, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it let so many replicas follow a new primary at a time."""
+        await self._set("parallel-syncs", replicas, seconds)
 
     async def keep_down_after(self, seconds: float, bound: float = ANSWER_SECONDS) -> None:
         """Have it take the primary, its replicas and the other sentinels for down after so many seconds."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import statistics
+from pathlib import Path
 
 from support.lab import Lab, outcome, writer
 
@@ -47,3 +49,18 @@ def test_a_switchover_to_a_node_that_is_not_fit_changes_nothing(lab: Lab) -> Non
     assert refused.returncode == 40, refused.stderr
     assert lab.on(first, "srd", "switchover", "--dry-run").stdout.startswith(f"the primary would move from {first} to ")
     assert lab.primary() == first
+
+
+def test_a_primary_whose_node_is_stopped_is_moved_away_first(lab: Lab) -> None:
+    lab.wait_whole()
+    first = lab.primary()
+    writing = writer("for", "20", "0")
+    os.kill(lab.srd_pid(first), signal.SIGTERM)
+    lab.wait(lambda: not Path(f"/proc/{lab.srd_pid(first)}").exists(), "srd has ended")
+    done = outcome(writing)
+    lab.start_srd(first)
+    lab.wait_whole()
+    print(f"\na primary's node was stopped: {done}")  # noqa: T201 - for people
+    assert lab.primary() != first
+    assert kept(lab, done) == done["acknowledged"] > 0
+    assert done["longest_gap_seconds"] < 4.0, "it was no failover"

@@ -220,6 +220,7 @@ async def test_the_quorum_and_the_pace_of_its_own_sentinel_are_kept_true(cluster
         await watch.observer.sentinels["n1"].keep_quorum(3)
         await watch.until(lambda view: view.sentinels["n1"].quorum == 3)
         await watch.until(lambda view: view.sentinels["n1"].quorum == cluster.config.quorum == 2)
+        await watch.until(lambda view: view.sentinels["n1"].parallel_syncs == cluster.config.parallel_syncs == 2)
         assert await watch.observer.sentinels["n1"].pace() == PACE
         assert await watch.observer.sentinels["n2"].pace() != PACE, "another node's is its own srd's"
 

@@ -437,3 +437,20 @@ async def test_a_switchover_that_would_do_harm_is_refused(srds: dict[str, Srd], 
             await srds["n2"].primacy.switch_over(to, dry_run=False)
         assert await srds["n2"].primacy.switch_over(None, dry_run=True) == {"from": "n1", "to": "n2"}
         assert srds["n1"].leads()
+
+
+async def test_a_node_that_is_about_to_stop_moves_the_primary_away_if_it_can(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        await srds["n2"].primacy.leave()
+        assert srds["n1"].leads(), "a replica's node leaves the primary where it is"
+        await srds["n1"].primacy.leave()
+        successor = await leader(srds, ("n2", "n3"))
+        await writes(cluster, successor.name)
+    for name in set(NAMES) - {successor.name}:
+        cluster.kill(f"redis-{name}")
+    async with running(*srds.values()):
+        await successor.until(lambda view: view.redis is not None and not view.redis.replicas)
+        await successor.primacy.leave()
+        assert successor.store.view().redis is not None, "where nobody can take over, it just stops"
