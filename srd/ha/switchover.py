@@ -2,7 +2,8 @@
 
 The primary's srd does it, in this order (A is the primary, B its successor, S one sentinel):
 
-1. B is preferred (replica-priority), and S has seen that.
+1. B is preferred (replica-priority), and S has seen that. As many other replicas as A can spare follow B already, which
+   passes A's stream on: without a replica B would refuse writes at first (min-replicas-to-write).
 2. A: CLIENT PAUSE WRITE. What clients send from now on waits, and is not acknowledged.
 3. B has all that A has: the offsets are equal, 1 to 4 ms later. Not within `CATCH_UP_SECONDS`: everything is undone.
 4. A's srd stops using its lease: /primary says no here. A: REPLICAOF B. From now on nobody acknowledges a write.
@@ -46,6 +47,7 @@ log = structlog.get_logger(__name__)
 STEP_SECONDS: Final = 1.0
 # A sentinel sees a priority by its next INFO, once a second.
 PREFERENCE_SECONDS: Final = 3.0
+ATTACHING_SECONDS: Final = 2.0
 LOOK_SECONDS: Final = 0.05
 # Longer than all of it takes, shorter than `down_after`: a paused primary answers no sentinel's hello.
 PAUSE_MILLISECONDS: Final = 3000
@@ -157,8 +159,12 @@ class Switchover:
             log.warning("switching over", source=self._node.name, to=successor.name)
             try:
                 sentinel = await self._prefer(successor, new)
+                await self._attach(successor, new)
                 gap = await self._hand_over(successor, old, new)
                 named = await self._have_it_named(successor, sentinel)
+            except (SrdError, asyncio.CancelledError):
+                await self._reattach()
+                raise
             finally:
                 await _quietly(new.keep_priority(successor.priority, STEP_SECONDS))
                 self._look()
@@ -181,6 +187,34 @@ class Switchover:
         except TimeoutError:
             reason = f"the sentinels do not see its priority within {PREFERENCE_SECONDS:g} s; nothing was changed"
             raise SrdError("switch over to", successor.name, reason) from None
+
+    async def _attach(self, successor: Node, new: RedisClient) -> None:
+        """Have replicas follow the successor that the primary can do without; return when they are in step, or soon."""
+        config = self._fleet.config
+        others = [name for name in self._fleet.redises if name not in (self._node.name, successor.name)]
+        redis = self._situation().view.redis
+        attached = {r.endpoint for r in redis.replicas if r.state == "online"} if redis is not None else set()
+        in_step = [name for name in others if endpoint_of(config, config.node(name)) in attached]
+        spared = in_step[: max(0, len(attached) - max(1, config.min_replicas_to_write))]
+        clients = {name: self._fleet.redises[name] for name in spared}
+        moved = await on_all(clients, lambda one: one.follow(endpoint_of(config, successor), STEP_SECONDS))
+        with contextlib.suppress(TimeoutError, RespError):
+            async with asyncio.timeout(ATTACHING_SECONDS):
+                while not await _online(new, len(moved)):  # noqa: ASYNC110 - redis announces no replica
+                    await asyncio.sleep(LOOK_SECONDS)
+
+    async def _reattach(self) -> None:
+        """Have every replica follow this node's redis again, if that is the primary still."""
+        own = endpoint_of(self._fleet.config, self._node)
+
+        async def follow(one: RedisClient) -> None:
+            if await one.role(STEP_SECONDS) is Role.REPLICA:
+                await one.follow(own, STEP_SECONDS)
+
+        with contextlib.suppress(RespError):
+            if await self._fleet.redises[self._node.name].role(STEP_SECONDS) is Role.PRIMARY:
+                others = {name: one for name, one in self._fleet.redises.items() if name != self._node.name}
+                await on_all(others, follow)
 
     async def _hand_over(self, successor: Node, old: RedisClient, new: RedisClient) -> float:
         """Carry steps 2 to 6 out; return for how many seconds no write was taken."""
@@ -263,6 +297,11 @@ async def _caught_up(successor: Node, old: RedisClient, new: RedisClient) -> Non
     except TimeoutError:
         reason = f"it has not caught up within {CATCH_UP_SECONDS:g} s; everything is as it was"
         raise SrdError("switch over to", successor.name, reason) from None
+
+
+async def _online(redis: RedisClient, replicas: int) -> bool:
+    seen = await redis.observe(STEP_SECONDS)
+    return sum(replica.state == "online" for replica in seen.replicas) >= replicas
 
 
 async def _quietly(step: Coroutine[Any, Any, None]) -> None:

@@ -105,6 +105,7 @@ def test_the_children_have_no_capabilities_and_are_their_own_users(lab: Lab) -> 
         assert uid != 0, service
 
 
+CHILD_KILLS = int(os.environ.get("LAB_CHILD_KILLS", "8"))
 FAILOVERS = int(os.environ.get("LAB_FAILOVERS", "3"))
 
 
@@ -129,9 +130,32 @@ def test_a_primary_that_is_killed_is_replaced_and_rejoins_as_a_replica(lab: Lab)
     assert statistics.median(gaps) < 5.0
 
 
-def test_twenty_children_that_are_killed_are_all_back(lab: Lab) -> None:
+SILENCES = int(os.environ.get("LAB_SILENCES", "2"))
+
+
+def test_a_primary_whose_node_falls_silent_is_replaced_and_says_no_before_anybody_says_yes(lab: Lab) -> None:
+    gaps = []
+    for _ in range(SILENCES):
+        lab.wait_whole()
+        first = lab.primary()
+        writing = writer("until-gap", "90")
+        subprocess.run(["ip", "link", "set", f"w-{first}", "down"], check=True)
+        try:
+            lab.wait(lambda: bool(lab.primaries()), "there is another primary")
+            alone = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:8080/primary")
+            assert lab.on(first, *alone).stdout == "503"
+            gaps.append(outcome(writing)["longest_gap_seconds"])
+        finally:
+            subprocess.run(["ip", "link", "set", f"w-{first}", "up"], check=True)
+        lab.wait_whole()
+        assert lab.primary() != first
+    figures = f"median {statistics.median(gaps):.2f} s, worst {max(gaps):.2f} s"
+    print(f"\nwrites were back after {SILENCES} silent losses of the primary's node: {figures}; {gaps}")  # noqa: T201
+
+
+def test_children_that_are_killed_one_after_the_other_are_all_back(lab: Lab) -> None:
     rng = random.Random(20)
-    for number in range(20):
+    for number in range(CHILD_KILLS):
         lab.wait_whole()
         node, service = rng.choice(lab.nodes), rng.choice(SERVICES)
         before = lab.children(node)[service]
