@@ -118,12 +118,22 @@ async def contained(
 
 
 class Loop:
-    """Runs one reconciler: when woken, at least every `resync` seconds, each pass bounded by `timeout` seconds."""
+    """Runs one reconciler: when woken, at least every `resync` seconds, each pass bounded by `timeout` seconds.
 
-    def __init__(self, name: str, reconcile: Callable[[], Awaitable[None]], *, resync: float, timeout: float) -> None:
+    `resync` may be asked for after each pass: how long can nothing be due that nobody wakes the loop for?
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reconcile: Callable[[], Awaitable[None]],
+        *,
+        resync: float | Callable[[], float],
+        timeout: float,
+    ) -> None:
         self.name = name
         self._reconcile = reconcile
-        self._resync = resync
+        self._resync = resync if callable(resync) else lambda: resync
         self._timeout = timeout
         self._wake = asyncio.Event()
         self._first_pass = asyncio.Event()
@@ -144,7 +154,7 @@ class Loop:
         while True:
             self._wake.clear()
             await self._pass()
-            pause = self._resync
+            pause = self._resync()
             if self.failures:
                 pause = min(pause, backoff_seconds(self.failures, random.uniform(-1, 1)))  # noqa: S311 - jitter
             with_wake = asyncio.timeout(pause)

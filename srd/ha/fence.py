@@ -111,7 +111,7 @@ class Fence:
         else:
             log.info("fence", replicas=wanted, before=redis.min_replicas_to_write)
             await self._client.keep_fence(wanted)
-        self._acted = s.now
+        self._acted = self._situation().now
         self._wake()
 
     def _successor(self, s: Situation, redis: Redis) -> Endpoint | None:

@@ -22,14 +22,16 @@ from srd.ha.observe import Observer
 from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, AskPeer, Promotion
 from srd.ha.restart import Death
 from srd.ha.switchover import Switched, Switchover
-from srd.model import Body, RefusedError, Role, Secrets, Service, SrdError
+from srd.model import Body, Endpoint, RefusedError, Role, Secrets, Service, SrdError
 from srd.reconcile import Loop, contained
 from srd.state import Situation, Store
 
 log = structlog.get_logger(__name__)
 
 # How often it is looked whether the primary is to be fenced, or replaced: at what is known, nobody is asked for it.
+# While everybody answers nothing can become due.
 WATCH_SECONDS: Final = 0.1
+CALM_SECONDS: Final = 1.0
 FENCE_PASS_SECONDS: Final = 5.0
 # A choice of the sentinels is waited for, and before that for them to see who has most.
 REPLACING_SECONDS: Final = 15.0
@@ -69,7 +71,8 @@ class Primacy:
         self._died = asyncio.Event()  # this node's redis, as a primary
         self.failover = Failover(self._fleet, situation=situation, wake=self.look)
         hearers = [self.failover.heard]
-        silence = Loop("silence", self.failover.watch, resync=WATCH_SECONDS, timeout=REPLACING_SECONDS)
+        silence = Loop("silence", self.failover.watch, resync=self._pace, timeout=REPLACING_SECONDS)
+        self._watches = [silence]
         self.bodies: list[Callable[[], Coroutine[Any, Any, None]]] = [silence.run]
         own = self._fleet.redises.get(node.name)
         if own is not None:
@@ -86,7 +89,8 @@ class Primacy:
                 look=self.look,
             )
             fence = Fence(own, store, situation=situation, wake=self.look, keep_data=keep_data)
-            fencing = Loop("fence", fence.reconcile, resync=WATCH_SECONDS, timeout=FENCE_PASS_SECONDS)
+            fencing = Loop("fence", fence.reconcile, resync=self._pace, timeout=FENCE_PASS_SECONDS)
+            self._watches.append(fencing)
             self.bodies += [
                 fencing.run,
                 promotion.run,
@@ -96,7 +100,24 @@ class Primacy:
             ]
         self.observer = Observer(config, node, secrets, store, wake=(wake,), heard=hearers, custody=self._custody)
         self.bodies.append(self.observer.run)
+        self._store = store
+        self._primary: Endpoint | None = None  # as the watches have last looked at it
+        store.on_change(self._stir)
         self.loops = (self.observer.loop,)
+
+    def _pace(self) -> float:
+        view = self._store.view()
+        waiting = any(answer.unanswered is not None for answer in view.sentinels.values())
+        return WATCH_SECONDS if view.silent or view.fenced or waiting else CALM_SECONDS
+
+    def _stir(self) -> None:
+        """Have the watches look when somebody has fallen silent, or when the sentinels name another primary."""
+        lease = self._store.view().lease
+        primary = lease.primary if lease is not None else None
+        if primary != self._primary or self._pace() == WATCH_SECONDS:
+            self._primary = primary
+            for watch in self._watches:
+                watch.wake()
 
     def adopt(self, config: Config) -> None:
         """Act on a changed file from now on; what follows from the number of nodes, redis and sentinel are told."""
