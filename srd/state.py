@@ -179,7 +179,9 @@ class DiskTrouble(enum.StrEnum):
 class SentinelAnswer:
     """What one node's sentinel last said; `asked` is CLOCK_BOOTTIME seconds of when it was asked, not of the answer.
 
-    `down_after` and `unanswered` are of the primary that it shows, which is the former one while a failover ends.
+    `down_after`, `unanswered` and the vote are of the primary that it shows, which is the former one while a failover
+    ends. `vote` is the id of the sentinel that it has last voted for as the leader of a failover, in `vote_epoch`, and
+    `vote_seen` is since when that is known.
     """
 
     node: str
@@ -194,6 +196,10 @@ class SentinelAnswer:
     parallel_syncs: int = 0
     down_after: float = 0.0  # seconds
     unanswered: float | None = None  # CLOCK_BOOTTIME seconds of the primary's first ping that has no reply, if any
+    run_id: str = ""
+    vote: str | None = None
+    vote_epoch: int = 0
+    vote_seen: float = 0.0
 
 
 class Trouble(enum.StrEnum):
@@ -247,6 +253,8 @@ class Lease:
     agree: int
     reachable: int
     primary: Endpoint | None
+    epoch: int = 0
+    unanimous: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Two ways to know that it is gone.
 * Its redis has ended: the srd beside it knows that in a millisecond, by the pidfd. Nobody has to wait for anything.
 * Its node is silent: neither the srd there is heard nor does redis answer the sentinels' pings, by the word of a
-  majority of them. Then its own fences must have fallen first (ha/fence.py): `silent_since` and `may_replace` below.
+  majority of them. Then its own fences must have fallen first (ha/fence.py): `silent_since` and `replaceable_at` below.
   A srd that is silent beside a redis that answers is no reason: it is somebody's upgrade.
 
 What is done is the same. The sentinels are told a `down-after-milliseconds` of `HASTE_SECONDS`, and take the primary
@@ -31,7 +31,7 @@ import structlog
 from srd.cluster import MIN_REPLICAS_MAX_LAG, PREFERRED_PRIORITY, Config, Node
 from srd.ha.fleet import C, Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
-from srd.ha.sentinel import SELECTED, Event, SentinelClient
+from srd.ha.sentinel import OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
 from srd.model import Endpoint, Role
 from srd.reconcile import boottime
 from srd.state import Redis, SentinelAnswer, Situation
@@ -46,12 +46,17 @@ STEP_SECONDS: Final = 0.5
 STEERING_SECONDS: Final = 1.5
 
 # From the first ping without a reply to the moment when the sentinels are hurried. The node's lease ends 2.0 s after
-# the cut at the latest (cluster.LEASE_SECONDS), srd's own fence falls 2.1 s after it (a question every 0.5 s,
+# the cut at the latest (cluster.LEASE_SECONDS), srd's own fence falls by 2.1 s after it (a question every 0.5 s,
 # FENCE_SECONDS of 1.5 s, a look every 0.1 s), and nobody is promoted before the vote has taken 0.3 s more.
-REPLACE_SECONDS: Final = 2.1
+REPLACE_SECONDS: Final = 2.0
 # redis' own fence, for a srd that had been silent before its redis: the lag is in whole seconds and counted once a
 # second, so it is at most two more.
 OWN_FENCE_SECONDS: Final = MIN_REPLICAS_MAX_LAG + 2.0
+# When a leader learns of the promotion that it has brought about, is given by its last INFO before: it sends them once
+# a second from ODOWN on (sentinel.c, sentinelSendPeriodicCommands), so by chance up to a second late. Where the moment
+# is known beforehand, as of a silent node, its INFOs are made to fall so that one comes 0.65 s after the hurry.
+ALIGN_SECONDS: Final = 0.45
+ALIGNING_SECONDS: Final = 0.15
 # A srd says something each second: it is taken for alive at the cut if it was heard so shortly before.
 ALIVE_SECONDS: Final = 1.5
 
@@ -67,17 +72,20 @@ def silent_since(config: Config, answers: Mapping[str, SentinelAnswer], primary:
     return min(settled) if len(settled) >= config.majority else None
 
 
-def may_replace(s: Situation, primary: Node) -> bool:
-    """Return whether a silent primary's fences have fallen, so that another may be promoted. Pure."""
+def replaceable_at(s: Situation, primary: Node) -> float | None:
+    """Return when a silent primary's fences will have fallen, so that another may be promoted. None while it is not.
+
+    Pure; CLOCK_BOOTTIME seconds.
+    """
     config = s.config
     since = silent_since(config, s.view.sentinels, endpoint_of(config, primary), s.now)
     if since is None:
-        return False
+        return None
     report = s.view.peers.get(primary.name)
     if report is not None and report.received > since + ALIVE_SECONDS:
-        return False  # srd there is alive and well, and knows better what its redis does
+        return None  # srd there is alive and well, and knows better what its redis does
     alive = report is not None and report.received > since - ALIVE_SECONDS
-    return s.now - since >= (REPLACE_SECONDS if alive else OWN_FENCE_SECONDS)
+    return since + (REPLACE_SECONDS if alive else OWN_FENCE_SECONDS)
 
 
 class Failover:
@@ -89,6 +97,7 @@ class Failover:
         self._wake = wake
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
+        self._aligned: Node | None = None
         self._tried: tuple[Endpoint, float] | None = None  # whom, and until when not again
 
     def heard(self, event: Event) -> None:
@@ -101,9 +110,23 @@ class Failover:
         s = self._situation()
         named = s.view.lease.primary if s.view.lease is not None else None
         node = s.config.node_at(named.address) if named is not None else None
-        if node is None or node == s.node or named != endpoint_of(s.config, node) or not may_replace(s, node):
+        if node is None or node == s.node or named != endpoint_of(s.config, node):
             return
-        await self.replace(node, f"{node.name} is silent, and its fences have fallen")
+        moment = replaceable_at(s, node)
+        if moment is None:
+            self._aligned = None
+        elif s.now >= moment:
+            await self.replace(node, f"{node.name} is silent, and its fences have fallen")
+        elif s.now >= moment - ALIGN_SECONDS and self._aligned != node:
+            self._aligned = node
+            await self._align(s.node)
+
+    async def _align(self, node: Node) -> None:
+        """Have the node's own sentinel send no INFO for a while from now on."""
+        sentinel = self._fleet.sentinels[node.name]
+        await sentinel.look_every(OFTEN_MILLISECONDS, STEP_SECONDS)
+        await asyncio.sleep(ALIGNING_SECONDS)
+        await sentinel.look_every(SELDOM_MILLISECONDS, STEP_SECONDS)
 
     async def replace(self, primary: Node, why: str) -> None:
         """Have the sentinels elect another primary now; return when they have chosen one, or when they do not."""
@@ -145,7 +168,7 @@ class Failover:
         endpoint = endpoint_of(self._fleet.config, self._fleet.config.node(best))
         log.info("preferring", replica=best, offsets={name: redis.offset for name, redis in said.items()})
         sentinels = self._talking(self._fleet.sentinels)
-        await on_all(sentinels, lambda sentinel: sentinel.look_often(STEP_SECONDS))
+        await on_all(sentinels, lambda sentinel: sentinel.look_every(OFTEN_MILLISECONDS, STEP_SECONDS))
         await on_all({best: others[best]}, lambda redis: redis.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STEERING_SECONDS):
@@ -172,6 +195,7 @@ class Failover:
             log.warning("the sentinels have not chosen", seconds=CHOICE_SECONDS)
         finally:
             await on_all(self._fleet.sentinels, lambda sentinel: sentinel.keep_down_after(configured, STEP_SECONDS))
+            await on_all(self._talking(self._fleet.sentinels), lambda sentinel: sentinel.keep_pace(STEP_SECONDS))
             self._wake()
 
 

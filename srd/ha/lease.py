@@ -12,12 +12,21 @@ then, within `primary_lease`, another. Take a primary that is cut off at the ins
   2.1 s after that ping, and a vote takes 0.3 s more.
 * primary_lease is 2 s, so the old lease ended before.
 
+Not every cut is so clean. 1. A primary that the sentinels do not reach may still ask them. So an answer counts no
+later than from the first ping that its sentinel has no reply to: that sentinel knows no more of the primary since. 2.
+One that was cut off, or hung, may be back while it is being replaced. A sentinel that sees it down does not count,
+nor does one in TILT, which has seen its own clock or itself stand still (sentinelCheckTiltCondition), nor one that is
+hurried (ha/failover.py), nor one that has voted in a newer epoch than its configuration's: its leader promotes
+somebody in the next seconds. It counts again when that leader was asked since and is not replacing anybody, or when
+every step of a failover has timed out. 3. One that is back may be asked about before that vote: a leader that found
+enough of the others in agreement has up to a second (five SENTINEL_ASK_PERIODs, sentinelCheckObjectivelyDown) to ask
+for votes from those that see the primary again. So a lease that has lapsed is not taken up again (`Tenure`) before a
+majority has been content with this node for `PROBATION_SECONDS`: a vote shows by then. Unless all sentinels are, for
+then nobody can be replacing anybody. A lease that did not lapse needs none of this: a majority that sees the primary
+down, and one that does not, share a sentinel, which was without a reply for longer than a lease.
+
 A primary whose redis has died is replaced sooner than that. It says no to /primary by itself then, and gives what is
 left of its lease to the one that was elected, to nobody else and once (ha/custody.py).
-
-A primary that hangs is not cut off: it may wake up while the sentinels replace it, and ask them. So a sentinel that
-sees it down, or is replacing it, does not count for the lease though it still names it. A sentinel in TILT counts for
-nothing: it has seen its own clock or itself stand still (sentinel.c, sentinelCheckTiltCondition).
 
 Not covered here: a promotion without a failure that somebody else asks for (SENTINEL FAILOVER) waits for nothing.
 """
@@ -35,7 +44,13 @@ from srd.state import Lease, SentinelAnswer
 # sentinel.c, addReplySentinelRedisInstance: what a sentinel shows of a primary that it takes for down or is replacing.
 DOWN_FLAGS: Final = frozenset({"s_down", "o_down"})
 FAILOVER_FLAG: Final = "failover_in_progress"
+# This node's own word for what a leader shows between the promotion and its +switch-master (ha/sentinel.py).
+PROMOTED_FLAG: Final = "promoted"
 NEVER: Final = 0.0
+# Each step of a failover is given up after failover-timeout: the election, SLAVEOF NO ONE, the promotion (sentinel.c).
+FAILOVER_STEPS: Final = 3
+# Five SENTINEL_ASK_PERIODs of 0.2 s (ha/sentinel.py, PACE), a few ticks of 0.1 s, and a question every 0.5 s.
+PROBATION_SECONDS: Final = 2.0
 
 
 def endpoint_of(config: Config, node: Node) -> Endpoint:
@@ -56,32 +71,90 @@ def fresh(config: Config, answers: Mapping[str, SentinelAnswer], now: float) -> 
 def assess(config: Config, node: Node, answers: Mapping[str, SentinelAnswer], now: float) -> Lease:
     """Judge the sentinels' last answers, one per node.
 
-    `reachable` counts fresh answers, `agree` the most that name one endpoint: `primary`, if they are a majority.
-    `expires` is when the lease of this node ends or ended, 0 if these answers never gave it one.
+    `reachable` counts fresh answers, `agree` the most that name one endpoint: `primary`, if they are a majority, in the
+    configuration `epoch`. `expires` is when the lease of this node ends or ended, 0 if these answers never gave it one;
+    `unanimous`, whether all sentinels are for it.
     """
     heard = fresh(config, answers, now)
     naming = Counter(answer.primary for answer in heard.values() if answer.primary is not None and not answer.tilt)
     named, agree = naming.most_common(1)[0] if naming else (None, 0)
-    expires = _expiry(config, endpoint_of(config, node), answers, now)
+    counted = _counted(config, endpoint_of(config, node), answers, now)
+    enough = len(counted) >= config.majority
+    expires = counted[config.majority - 1] + config.primary_lease if enough else NEVER
     return Lease(
         held=now < expires,
         expires=expires,
         agree=agree,
         reachable=len(heard),
         primary=named if agree >= config.majority else None,
+        epoch=max((answer.epoch for answer in heard.values() if answer.primary == named), default=0),
+        unanimous=len(counted) == len(config.voters) and now < counted[-1] + config.primary_lease,
     )
 
 
-def _expiry(config: Config, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float) -> float:
-    """Return when the answers stop being a majority: the majority-th latest of them then gets too old."""
+def _counted(config: Config, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float) -> list[float]:
+    """Return from when the answers of those sentinels count that are for this endpoint, the latest first."""
     voters = {node.name for node in config.voters}
-    asked = sorted(
-        (a.asked for name, a in answers.items() if name in voters and a.asked <= now and _supports(a, endpoint)),
+    return sorted(
+        (
+            _counts_from(answer)
+            for name, answer in answers.items()
+            if name in voters and answer.asked <= now and _supports(config, answer, endpoint, answers, now)
+        ),
         reverse=True,
     )
-    return asked[config.majority - 1] + config.primary_lease if len(asked) >= config.majority else NEVER
 
 
-def _supports(answer: SentinelAnswer, endpoint: Endpoint) -> bool:
+def _counts_from(answer: SentinelAnswer) -> float:
+    """Return the last moment of which the answer says something; what a leader shows is of the former primary."""
+    if answer.unanswered is None or PROMOTED_FLAG in answer.flags:
+        return answer.asked
+    return min(answer.asked, answer.unanswered)
+
+
+def _supports(
+    config: Config, answer: SentinelAnswer, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float
+) -> bool:
     doubted = answer.flags & DOWN_FLAGS or FAILOVER_FLAG in answer.flags
-    return answer.primary == endpoint and not answer.tilt and not doubted
+    hurried = 0 < answer.down_after < config.sentinel.down_after
+    if answer.primary != endpoint or answer.tilt or doubted or hurried:
+        return False
+    return not _elects(config, answer, answers, now)
+
+
+def _elects(config: Config, answer: SentinelAnswer, answers: Mapping[str, SentinelAnswer], now: float) -> bool:
+    """Whether this sentinel has voted for a leader that may still be about to promote somebody."""
+    if answer.vote is None or answer.vote_epoch <= answer.epoch:
+        return False
+    if now - answer.vote_seen >= FAILOVER_STEPS * config.sentinel.failover_timeout:
+        return False
+    leader = next((other for other in answers.values() if other.run_id == answer.vote), None)
+    if leader is None or leader.asked <= answer.vote_seen:
+        return True
+    return FAILOVER_FLAG in leader.flags or PROMOTED_FLAG in leader.flags
+
+
+class Tenure:
+    """Whether this node may take up the lease that the sentinels' answers give it: not at once after it has lapsed."""
+
+    def __init__(self) -> None:
+        self._holds = False
+        self._epoch: int | None = None  # of the last primary that a majority named, whoever it was
+        self._promoted = False  # that one's promotion was seen to happen, and its lease has not lapsed since
+        self._content_since: float | None = None
+
+    def expires(self, lease: Lease, now: float) -> float:
+        """Return when this node's lease ends, 0 while it may not be taken up; to be asked at each judgement."""
+        if lease.primary is not None:
+            # A promotion is no return: nobody is replacing one who is named in an epoch that has just begun.
+            self._promoted |= self._epoch is not None and lease.epoch > self._epoch
+            self._epoch = lease.epoch
+        if not lease.held:
+            self._promoted &= not self._holds
+            self._holds, self._content_since = False, None
+            return NEVER
+        if self._content_since is None:
+            self._content_since = now
+        served = now - self._content_since >= PROBATION_SECONDS
+        self._holds = self._holds or lease.unanimous or self._promoted or served
+        return lease.expires if self._holds else NEVER

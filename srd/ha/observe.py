@@ -22,7 +22,7 @@ import structlog
 
 from srd.cluster import PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
-from srd.ha.lease import assess, endpoint_of, fresh
+from srd.ha.lease import Tenure, assess, endpoint_of, fresh
 from srd.ha.redis import RedisClient
 from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
@@ -82,6 +82,8 @@ class Observer:
         if node.kind is NodeKind.REDIS:
             self.redis = RedisClient(endpoint_of(config, node), secrets, clock=clock)
         self._answers: dict[str, SentinelAnswer] = {}
+        self._votes: dict[str, SentinelAnswer] = {}  # by node, the answer that first had its present vote
+        self._tenure = Tenure()
         self._silent: dict[str, float] = {}
         self._hasty, self._preferred = Stray(DOWN_AFTER_SECONDS), Stray(PRIORITY_SECONDS)
         self._paced = float("-inf")
@@ -213,10 +215,18 @@ class Observer:
             raise
         self._silent.pop(client.node, None)
         self._write_silent(dict(self._silent))
-        self._answers[client.node] = answer
+        self._answers[client.node] = self._dated(answer)
         self._publish()
         if client.node == self._node.name:
             await self._keep(client, answer)
+
+    def _dated(self, answer: SentinelAnswer) -> SentinelAnswer:
+        """Say since when its vote is known."""
+        before = self._votes.get(answer.node)
+        if before is None or (before.vote, before.vote_epoch) != (answer.vote, answer.vote_epoch):
+            before = dataclasses.replace(answer, vote_seen=self._clock())
+        self._votes[answer.node] = before
+        return dataclasses.replace(answer, vote_seen=before.vote_seen)
 
     async def _keep(self, client: SentinelClient, answer: SentinelAnswer) -> None:
         """Keep true what this node's own sentinel should have set."""
@@ -242,7 +252,7 @@ class Observer:
         now = self._clock()
         self._answers = dict(fresh(self._config, self._answers, now))
         lease = assess(self._config, self._node, self._answers, now)
-        expires = self._custody.held_until(lease.expires, now)
+        expires = self._custody.held_until(self._tenure.expires(lease, now), now)
         lease = dataclasses.replace(lease, held=now < expires, expires=expires)
         self._write_sentinels(dict(self._answers))
         self._write_lease(lease)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from srd.cluster import Config, Node
+from srd.ha.lease import PROMOTED_FLAG
 from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, RespError, UnexpectedReplyError, Wire, checked, flag
 from srd.model import Endpoint, Secrets
 from srd.reconcile import backoff_seconds, boottime
@@ -27,7 +28,6 @@ SUBSCRIBED: Final = "subscribed"
 SELECTED: Final = "+selected-slave"
 # A sentinel forgets its pace when it is started anew, which its own silence or this many seconds show.
 PACE_SECONDS: Final = 5.0
-PROMOTED: Final = "promoted"
 
 # requirepass in sentinel.conf is the password of its user `default`.
 SENTINEL_USER: Final = "default"
@@ -46,7 +46,20 @@ class Event:
 # primary that dies in the first ten seconds of its replicas has nobody that could take over. It demotes a returned
 # primary after four publish periods. The ping period stays: it also scales who may be promoted.
 PACE: Final = {"info-period": 1000, "publish-period": 500, "ask-period": 200}
-QUICK_INFO_MILLISECONDS: Final = 100
+OFTEN_MILLISECONDS: Final = 100
+SELDOM_MILLISECONDS: Final = 10_000
+
+
+NOBODY: Final = "*"
+
+
+def _vote_question(primary: Endpoint) -> tuple[str, ...]:
+    """Return the question for whom it has last voted as the leader that replaces this primary.
+
+    It is the request for a vote itself, in epoch 0, in which nobody can vote: no epoch is raised and no vote is given
+    (sentinel.c, sentinelVoteLeader: both only for a greater epoch than it knows of), and the last vote is the reply.
+    """
+    return ("SENTINEL", "IS-MASTER-DOWN-BY-ADDR", str(primary.address), str(primary.port), "0", "srd")
 
 
 class SentinelClient:
@@ -58,6 +71,7 @@ class SentinelClient:
         self._credentials = Credentials(SENTINEL_USER, secrets.sentinel_password)
         self._wire = self._new_wire()
         self._master = config.sentinel.master
+        self._watched = Endpoint(config.redis_nodes[0].address, config.redis.port)  # until it says otherwise
         self._clock = clock
 
     def _new_wire(self) -> Wire:
@@ -66,21 +80,28 @@ class SentinelClient:
     async def ask(self, seconds: float = ANSWER_SECONDS) -> SentinelAnswer:
         """Return whom it names and what it knows; `primary` is None when it has never heard of the cluster."""
         asked = self._clock()
-        shown, about, named = await self._wire.ask(
-            ("SENTINEL", "MASTER", self._master),
-            ("INFO", "sentinel"),
-            ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master),
-            seconds=seconds,
-        )
         subject = self._wire.subject
-        tilt = Fields.of_info(subject, [about]).get("sentinel_tilt", flag)
-        if named is None:
-            return SentinelAnswer(self.node, asked, None, 0, tilt, 0, 0)
+        while True:
+            shown, about, own_id, voted, named = await self._wire.ask(
+                ("SENTINEL", "MASTER", self._master),
+                ("INFO", "sentinel"),
+                ("SENTINEL", "MYID"),
+                _vote_question(self._watched),
+                ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._master),
+                seconds=seconds,
+            )
+            tilt = Fields.of_info(subject, [about]).get("sentinel_tilt", flag)
+            if named is None:
+                return SentinelAnswer(self.node, asked, None, 0, tilt, 0, 0)
+            master = Fields.of_list(subject, shown)
+            former, self._watched = self._watched, master.endpoint("ip", "port")
+            if self._watched == former:
+                break  # a vote is about an address: about another one, it is asked for again
         host, port = checked(subject, named, list)
         primary = Fields(subject, {"host": host, "port": port}).endpoint("host", "port")
-        master = Fields.of_list(subject, shown)
         flags = master.get("flags", lambda text: frozenset(text.split(",")))
         pending = master.get("last-ping-sent", int)  # milliseconds since the first ping without a reply; 0 if none
+        _, leader, epoch = checked(subject, voted, list)
         return SentinelAnswer(
             node=self.node,
             asked=asked,
@@ -91,10 +112,13 @@ class SentinelClient:
             known_replicas=master.get("num-slaves", int),
             quorum=master.get("quorum", int),
             parallel_syncs=master.get("parallel-syncs", int),
-            flags=flags if master.endpoint("ip", "port") == primary else frozenset({PROMOTED}),
+            flags=flags if self._watched == primary else frozenset({PROMOTED_FLAG}),
             down_after=master.get("down-after-milliseconds", int) / 1000,
             # Counted from the answer, so at most later than it was: nobody is taken for silent too soon.
             unanswered=self._clock() - pending / 1000 if pending else None,
+            run_id=checked(subject, own_id, str),
+            vote=None if leader == NOBODY else str(leader),
+            vote_epoch=int(epoch),
         )
 
     async def keep_pace(self, seconds: float = ANSWER_SECONDS) -> None:
@@ -140,9 +164,9 @@ class SentinelClient:
         (reply,) = await self._wire.ask(("SENTINEL", "FAILOVER", self._master), seconds=seconds)
         checked(self._wire.subject, reply, str)
 
-    async def look_often(self, seconds: float = ANSWER_SECONDS) -> None:
-        """Have it look at the replicas so often that it soon sees a changed priority; `keep_pace` ends that."""
-        await self._wire.ask(("SENTINEL", "DEBUG", "info-period", str(QUICK_INFO_MILLISECONDS)), seconds=seconds)
+    async def look_every(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it look at the replicas more or less often for a while; `keep_pace` ends that."""
+        await self._wire.ask(("SENTINEL", "DEBUG", "info-period", str(milliseconds)), seconds=seconds)
 
     async def _set(self, option: str, value: int, seconds: float) -> None:
         (reply,) = await self._wire.ask(("SENTINEL", "SET", self._master, option, str(value)), seconds=seconds)

@@ -333,3 +333,34 @@ async def test_events_go_on_after_a_restart_of_the_sentinel(cluster: Cluster) ->
         address = cluster.endpoint("n1").address
         assert seen[-1].payload == f"master master {address} {cluster.config.redis.port}"
         assert seen[-1].node == "n1"
+
+
+async def test_asking_for_the_last_vote_gives_none_and_raises_no_epoch(cluster: Cluster) -> None:
+    await whole(cluster)
+    files = [cluster.root / f"sentinel-{name}" / "it.conf" for name in ("n1", "n2", "n3")]
+    before = [file.read_text() for file in files]
+    async with sentinel_client(cluster, "n2") as asked:
+        for _ in range(5):
+            said = await asked.ask()
+            assert (said.vote, said.vote_epoch, said.epoch) == (None, 0, 0)
+            assert f"sentinel myid {said.run_id}\n" in before[1]
+    assert [file.read_text() for file in files] == before
+
+
+async def test_a_vote_is_seen_while_the_failover_that_it_is_for_is_under_way(cluster: Cluster) -> None:
+    await whole(cluster)
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(sentinel_client(cluster, name)) for name in ("n1", "n2", "n3")]
+        ids = {(await client.ask()).run_id for client in clients}
+        assert len(ids) == 3
+        cluster.kill("redis-n1")
+        for client in clients:
+            await client.keep_down_after(0.2)
+        voters = clients.copy()
+
+        async def voted() -> bool:
+            answers = [await client.ask() for client in voters]
+            leaders = [answer.vote for answer in answers if answer.vote_epoch > answer.epoch]
+            return len(leaders) >= 2 and set(leaders) <= ids
+
+        await until(voted)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from srd.cluster import LEASE_SECONDS, Config, Node
 from srd.config import parse_config
 from srd.ha.custody import Custody
-from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, may_replace, most_advanced
+from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, most_advanced, replaceable_at
 from srd.ha.fence import FENCE_SECONDS, cut_off, demanded
 from srd.ha.lease import endpoint_of
 from srd.ha.redis import FENCED
@@ -78,6 +78,11 @@ LOST = dataclasses.replace(HELD, held=False, expires=0.0)
 )
 def test_a_node_is_cut_off_when_no_majority_was_heard_for_long_enough(view: View, expected: bool) -> None:  # noqa: FBT001
     assert cut_off(situation(view)) is expected
+
+
+def may_replace(s: Situation, primary: Node) -> bool:
+    moment = replaceable_at(s, primary)
+    return moment is not None and s.now >= moment
 
 
 def test_what_is_demanded_of_a_write() -> None:
@@ -153,7 +158,7 @@ def test_a_sentinel_in_tilt_or_one_that_names_another_is_no_witness() -> None:
 
 
 def test_nobody_is_replaced_before_its_lease_has_ended() -> None:
-    assert REPLACE_SECONDS > LEASE_SECONDS
+    assert REPLACE_SECONDS >= LEASE_SECONDS
     assert OWN_FENCE_SECONDS > LEASE_SECONDS
 
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from srd.cluster import Config
 from srd.config import parse_config
-from srd.ha.lease import assess, endpoint_of, fresh
+from srd.ha.lease import PROBATION_SECONDS, Tenure, assess, endpoint_of, fresh
 from srd.model import Endpoint, IpAddress
-from srd.state import SentinelAnswer
+from srd.state import Lease, SentinelAnswer
 
 CLEAN = frozenset({"master"})
 
@@ -190,3 +190,85 @@ def test_two_sides_of_a_cut_never_hold_the_lease_together(
 def test_endpoint_of_a_node_is_its_first_address_and_the_redis_port() -> None:
     address: IpAddress = CONFIG.node("n2").address
     assert endpoint_of(CONFIG, CONFIG.node("n2")) == Endpoint(address, CONFIG.redis.port)
+
+
+def voted(node: str, leader: str, *, asked: float = 10.0, seen: float = 9.0, **more: object) -> SentinelAnswer:
+    """An answer of one whose configuration is epoch 0 and that has voted in epoch 1."""
+    return answer(node, N1, asked, run_id=f"id of {node}", vote=f"id of {leader}", vote_epoch=1, vote_seen=seen, **more)
+
+
+LEADS = {"flags": frozenset({"master", "o_down", "failover_in_progress"})}
+
+
+@pytest.mark.parametrize(
+    ("others", "held"),
+    [
+        ((voted("n2", "n3"), voted("n3", "n3", **LEADS)), False),  # it is replacing n1, and n2 has voted for that
+        ((voted("n2", "n3"),), False),  # whether n3 is, nobody knows
+        ((voted("n2", "n3"), voted("n3", "n3")), True),  # asked since, it is not: the attempt was given up
+        ((voted("n2", "n3", seen=10.0), answer("n3", N1, 9.9, unanswered=7.5)), False),  # it may have begun since
+        ((answer("n2", N1, 10.0, down_after=0.2),), False),  # it is hurried: it may vote at any moment
+        ((answer("n2", N1, 10.0, down_after=5.0),), True),
+        ((voted("n2", "n3", seen=10.0 - 3 * 5.0),), True),  # every step of it has timed out
+        ((voted("n2", "n3", epoch=1),), True),  # an old vote: its configuration is of that epoch
+        ((answer("n2", N1, 10.0, vote=None, vote_epoch=1),), True),  # nobody that it voted for is left
+    ],
+)
+def test_a_sentinel_that_has_voted_for_a_replacement_does_not_count(
+    others: tuple[SentinelAnswer, ...],
+    held: bool,  # noqa: FBT001
+) -> None:
+    own = answer("n1", N1, 10.0, run_id="id of n1")
+    assert assess(CONFIG, NODE1, answers(own, *others), 10.1).held is held
+
+
+def test_an_answer_counts_no_later_than_from_the_first_ping_without_a_reply() -> None:
+    own, other = answer("n1", N1, 10.0), answer("n2", N1, 10.0, unanswered=8.5)
+    assert assess(CONFIG, NODE1, answers(own, other), 10.1).expires == 10.5
+    assert assess(CONFIG, NODE1, answers(own, answer("n2", N1, 10.0, unanswered=10.05)), 10.1).expires == 12.0
+
+
+def test_a_leader_that_names_whom_it_has_promoted_is_still_without_a_reply_of_the_former_primary() -> None:
+    leader = answer("n3", N2, 10.0, flags=frozenset({"promoted"}), unanswered=5.0, epoch=1)
+    both = answers(leader, answer("n2", N2, 10.0, epoch=1))
+    assert assess(CONFIG, CONFIG.node("n2"), both, 10.1).expires == 12.0
+
+
+def lease(*, held: bool = True, unanimous: bool = False, epoch: int = 1, now: float = 0.0) -> Lease:
+    return Lease(held, now + 2.0 if held else 0.0, 2, 3, N1 if epoch else None, epoch, unanimous)
+
+
+def test_a_lease_that_all_sentinels_give_is_taken_up_at_once() -> None:
+    assert Tenure().expires(lease(unanimous=True), 5.0) == 2.0
+
+
+def test_a_lease_that_some_give_is_taken_up_after_a_while_and_kept_without_them_all() -> None:
+    tenure = Tenure()
+    assert tenure.expires(lease(), 5.0) == 0.0
+    assert tenure.expires(lease(), 5.0 + PROBATION_SECONDS - 0.1) == 0.0
+    assert tenure.expires(lease(), 5.0 + PROBATION_SECONDS) == 2.0
+    assert tenure.expires(lease(), 8.0) == 2.0
+
+
+def test_a_lease_that_has_lapsed_begins_anew() -> None:
+    tenure = Tenure()
+    assert tenure.expires(lease(unanimous=True), 5.0) == 2.0
+    assert tenure.expires(lease(held=False), 6.0) == 0.0
+    assert tenure.expires(lease(), 7.0) == 0.0
+    assert tenure.expires(lease(held=False), 8.0) == 0.0
+    assert tenure.expires(lease(), 8.5) == 0.0
+    assert tenure.expires(lease(), 8.4 + PROBATION_SECONDS) == 0.0
+    assert tenure.expires(lease(), 8.5 + PROBATION_SECONDS) == 2.0
+
+
+def test_a_promotion_that_was_seen_to_happen_is_no_return() -> None:
+    tenure = Tenure()
+    assert tenure.expires(lease(held=False, epoch=1), 5.0) == 0.0  # another's, in epoch 1
+    assert tenure.expires(lease(held=False, epoch=2), 6.0) == 0.0  # named, and not yet by answers that count
+    assert tenure.expires(lease(epoch=2), 6.1) == 2.0
+    assert tenure.expires(lease(held=False, epoch=2), 9.0) == 0.0
+    assert tenure.expires(lease(epoch=2), 9.1) == 0.0, "this is one"
+
+
+def test_who_has_seen_no_promotion_takes_no_majority_for_one() -> None:
+    assert Tenure().expires(lease(epoch=7), 5.0) == 0.0
