@@ -91,7 +91,6 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="fault"
     nodes: tuple[str, ...]
     began: float
     ended: float
-    details: str = ""
     skipped: str = ""
 
 
