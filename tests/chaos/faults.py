@@ -1,0 +1,265 @@
+"""What can be done to the cluster: each kind of fault begins, holds while a block runs, and ends.
+
+`NotNowError` at the beginning means that it cannot be done as things are, and that nothing was. What a fault leaves
+behind, the cluster has to get over by itself.
+
+Frames between nodes are dropped on the lab's bridge, outside of the nodes; what is inside ESP there, the ports of redis
+and sentinel, in netfilter's INPUT on the node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from chaos.world import STATE, NotNowError, World, alive, run, send
+
+from srd.model import Service
+
+SERVICES: Final = tuple(service.value for service in Service)
+KEYING_PORT: Final = 849
+PORTS: Final = {"redis": "6379", "sentinel": "26379"}
+NETEM: Final = {"delay": "delay 300ms", "loss": "loss 20%", "reorder": "delay 20ms reorder 50% 50%"}
+STOP_SECONDS: Final = 30.0
+PULLED_SECONDS, PLUGGED_SECONDS = 1.5, 1.0  # of a cable that flaps
+FILLER: Final = f"{STATE}/filler"
+
+
+# What a fault is given: the cluster, the nodes that it hits, and which of its choices was drawn.
+Hold = Callable[[World, tuple[str, ...], str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of fault.
+
+    `impairs`: its victim may be of no use to the cluster meanwhile. `lasting`: bounds of how many seconds it holds.
+    `nodes` is how it chooses its victims: `one` of all, some that are a `minority`, `another` than the primary, `none`.
+    """
+
+    hold: Hold
+    choices: tuple[str, ...] = ("",)
+    impairs: bool = True
+    lasting: tuple[float, float] = (2.0, 12.0)
+    nodes: str = "one"
+
+
+@contextlib.contextmanager
+def kill_child(world: World, victims: tuple[str, ...], service: str) -> Iterator[None]:
+    """kill -9 of redis, sentinel or stunnel."""
+    send(world.child(victims[0], service), signal.SIGKILL)
+    yield
+
+
+@contextlib.contextmanager
+def pause_child(world: World, victims: tuple[str, ...], service: str) -> Iterator[None]:
+    """SIGSTOP of one, and SIGCONT; srd may be quicker."""
+    pid = world.child(victims[0], service)
+    send(pid, signal.SIGSTOP)
+    yield
+    with contextlib.suppress(NotNowError):
+        if world.child(victims[0], service) == pid:
+            send(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def kill_srd(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
+    """kill -9 of srd; it is started again at the end."""
+    send(world.srd(victims[0]), signal.SIGKILL)
+    yield
+    world.start_srd(victims[0])
+
+
+@contextlib.contextmanager
+def pause_srd(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
+    """SIGSTOP of srd, and SIGCONT."""
+    pid = world.srd(victims[0])
+    send(pid, signal.SIGSTOP)
+    yield
+    send(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def upgrade_srd(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
+    """Have srd end alone, and another one take its place."""
+    pid = world.srd(victims[0])
+    run("on", victims[0], "srd", "stop", "--keep-data-path")
+    deadline = time.monotonic() + STOP_SECONDS
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    world.start_srd(victims[0])
+    yield
+
+
+@contextlib.contextmanager
+def cut(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
+    """Pull a node's cable: peers, balancer and clients are gone."""
+    world.pull(victims[0])
+    yield
+    world.plug(victims[0])
+
+
+@contextlib.contextmanager
+def flap(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
+    """Pull a node's cable and plug it in, by turns."""
+    over = threading.Event()
+
+    def turns() -> None:
+        while not over.is_set():
+            world.pull(victims[0])
+            over.wait(PULLED_SECONDS)
+            world.plug(victims[0])
+            over.wait(PLUGGED_SECONDS)
+
+    thread = threading.Thread(target=turns)
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+@contextlib.contextmanager
+def partition(world: World, victims: tuple[str, ...], direction: str) -> Iterator[None]:
+    """Let some nodes and the others not hear one another, or one side not hear the other; clients reach all."""
+    others = [node for node in world.nodes if node not in victims]
+    ways = {
+        "from": [(near, far) for near in victims for far in others],
+        "to": [(far, near) for near in victims for far in others],
+    }
+    pairs = ways.get(direction, ways["from"] + ways["to"])
+    with dropping("partition", [f"iifname w-{source} oifname w-{target} drop" for source, target in pairs]):
+        yield
+
+
+@contextlib.contextmanager
+def cut_keying(_: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
+    """Cut srd's own channel to its peers, and nothing else."""
+    ways = [(way, end) for way in ("iifname", "oifname") for end in ("sport", "dport")]
+    with dropping("keying", [f"{way} w-{victims[0]} tcp {end} {KEYING_PORT} drop" for way, end in ways]):
+        yield
+
+
+@contextlib.contextmanager
+def dropping(table: str, rules: Sequence[str]) -> Iterator[None]:
+    """Have the bridge obey these rules of nftables meanwhile."""
+    text = "\n".join(
+        [f"table bridge {table} {{ chain forward {{ type filter hook forward priority 0;", *rules, "}", "}"]
+    )
+    run("nft", "-f", "-", stdin=text)
+    yield
+    run("nft", "delete", "table", "bridge", table)
+
+
+@contextlib.contextmanager
+def cut_port(_: World, victims: tuple[str, ...], service: str) -> Iterator[None]:
+    """Let a node's redis, or sentinel, and the other nodes not hear one another; all else does."""
+
+    def change(verb: str) -> None:
+        for end in ("--sport", "--dport"):
+            rule = ("INPUT", "!", "-i", "lo", "-p", "tcp", end, PORTS[service], "-j", "DROP")
+            run("on", victims[0], "iptables-legacy", "-w", "5", verb, *rule)
+
+    change("-A")
+    yield
+    change("-D")
+
+
+@contextlib.contextmanager
+def bad_wire(_: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
+    """Have a node's cable delay, lose or reorder what passes, either way."""
+    ends = (("tc", "qdisc"), ("dev", f"w-{victims[0]}")), (("tc", "-n", victims[0], "qdisc"), ("dev", "eth0"))
+    for command, end in ends:
+        run(*command, "add", *end, "root", "netem", *NETEM[what].split(), "limit", "10000")
+    yield
+    for command, end in ends:
+        run(*command, "delete", *end, "root")
+
+
+@contextlib.contextmanager
+def power_cut(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
+    """End all that runs on a node at once, with what was only in memory; then boot it.
+
+    Nothing that it had written is lost: nodes share a kernel here. tests/lab/kernels cuts the power of real disks.
+    """
+    node = victims[0]
+    world.pull(node)
+    world.off.add(node)
+    for pid in world.processes(node):
+        send(pid, signal.SIGKILL)
+    flush = [f"ip xfrm {what} flush" for what in ("state", "policy")]
+    flush += [f"{program}-legacy -{verb}" for program in ("iptables", "ip6tables") for verb in "FX"]
+    run("on", node, "sh", "-c", "; ".join(flush))
+    for path in Path(f"/var/lab/{node}/run/srd").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    yield
+    # As srd-failclosed.service and srd.service do it: closed before the network is up.
+    run("on", node, "srd", "close")
+    world.plug(node)
+    world.off.remove(node)
+    world.start_srd(node)
+
+
+@contextlib.contextmanager
+def jump_clock(_: World, __: tuple[str, ...], by: str) -> Iterator[None]:
+    """Have the wall clock jump, on all nodes at once as they share it, and later back."""
+    if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
+        raise NotNowError("this kernel's clock is the machine's own")
+    time.clock_settime(time.CLOCK_REALTIME, time.time() + int(by))
+    yield
+    time.clock_settime(time.CLOCK_REALTIME, time.time() - int(by))
+
+
+@contextlib.contextmanager
+def fill_disk(_: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
+    """Fill the file system of a node's state."""
+    # It ends with an error, when there is no more room.
+    run("on", victims[0], "dd", "if=/dev/zero", f"of={FILLER}", "bs=1M", check=False)
+    yield
+    run("on", victims[0], "rm", FILLER)
+
+
+@contextlib.contextmanager
+def flush_xfrm(_: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
+    """Flush the kernel's SAs, or its policies, as somebody might who tidies up."""
+    run("ip", "-n", victims[0], "xfrm", what, "flush")
+    yield
+
+
+@contextlib.contextmanager
+def switch_over(_: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
+    """Have a person move the primary to another node."""
+    if "switchover" not in run("srd", "--help"):
+        raise NotNowError("this srd has no switchover")
+    run("on", victims[0], "srd", "switchover", victims[0])
+    yield
+
+
+_AT_ONCE: Final = (0.0, 0.0)
+
+KINDS: Final = {
+    # redis twice: it is what all is about.
+    "kill": Kind(kill_child, (*SERVICES, "redis"), lasting=_AT_ONCE),
+    "pause": Kind(pause_child, (*SERVICES, "redis")),
+    "kill srd": Kind(kill_srd),
+    "pause srd": Kind(pause_srd),
+    "upgrade srd": Kind(upgrade_srd, lasting=_AT_ONCE),
+    "cut": Kind(cut),
+    "flap": Kind(flap),
+    "partition": Kind(partition, ("both", "both", "from", "to"), nodes="minority"),
+    "cut keying channel": Kind(cut_keying),
+    "cut port": Kind(cut_port, tuple(PORTS)),
+    "bad wire": Kind(bad_wire, tuple(NETEM), impairs=False),
+    "power cut": Kind(power_cut),
+    "clock jump": Kind(jump_clock, ("-3600", "-30", "-5", "+5", "+30", "+3600"), impairs=False, nodes="none"),
+    "fill disk": Kind(fill_disk),
+    "flush xfrm": Kind(flush_xfrm, ("state", "policy"), impairs=False, lasting=_AT_ONCE),
+    "switchover": Kind(switch_over, impairs=False, lasting=_AT_ONCE, nodes="another"),
+}
