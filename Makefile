@@ -31,6 +31,12 @@ demo: venv  ## show what srd does, on a kernel of its own; ONCE=1 ends it with t
 lab: venv  ## a cluster in the lab: SCRIPT=path runs it inside, without it a shell; NODES=3, or KERNELS=3
 	@tests/lab/boot $(SCRIPT)
 
+.PHONY: chaos
+chaos: venv  ## a walk of faults in the lab, judged afterwards: SEED=, FAULTS=10, NODES=3, or WALK=file; see build/
+	@mkdir -p build
+	@LAB_BARE=1 LAB_HOST_DIR=build LAB_CHAOS_SEED=$(or $(SEED),$(shell echo $$RANDOM)) LAB_CHAOS_FAULTS=$(or $(FAULTS),10) \
+		LAB_CHAOS_WALK=$(WALK) tests/lab/boot tests/chaos/suite
+
 .PHONY: deb
 deb: venv  ## build the Debian package, into dist/
 	@packaging/build-deb
