@@ -45,7 +45,9 @@ class Event:
 # Milliseconds; sentinel.c has 10,000, 2,000 and 1,000. A sentinel learns of replicas by INFO only: at its own pace, a
 # primary that dies in the first ten seconds of its replicas has nobody that could take over. It demotes a returned
 # primary after four publish periods. The ping period stays: it also scales who may be promoted.
-PACE: Final = {"info-period": 1000, "publish-period": 500, "ask-period": 200}
+# In TILT, after a jump of its clock, a sentinel does nothing for 30,000 and no lease is held: by then it has long
+# pinged everybody by the new time, which takes it 1,000.
+PACE: Final = {"info-period": 1000, "publish-period": 500, "ask-period": 200, "tilt-period": 5000}
 OFTEN_MILLISECONDS: Final = 100
 SELDOM_MILLISECONDS: Final = 10_000
 

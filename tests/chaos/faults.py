@@ -236,9 +236,7 @@ def flush_xfrm(_: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def switch_over(_: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
     """Have a person move the primary to another node."""
-    if "switchover" not in run("srd", "--help"):
-        raise NotNowError("this srd has no switchover")
-    run("on", victims[0], "srd", "switchover", victims[0])
+    run("on", victims[0], "srd", "switchover", "--to", victims[0])
     yield
 
 
