@@ -260,7 +260,8 @@ class Daemon:
         """Answer `srd switchover`: the query names the node it goes `to`, or none for the fittest, and a `dry_run`."""
         if self._duties is None:
             raise RefusedError("switch over from", self._node.name, "it runs no redis and no sentinel")
-        return dict(await self._duties.switch_over(asked.get("to"), dry_run=asked.get("dry_run") == "1"))
+        to, by = asked.get("to"), asked.get("by")
+        return dict(await self._duties.switch_over(to, dry_run=asked.get("dry_run") == "1", by=by))
 
     async def _end(self, asked: Mapping[str, str]) -> dict[str, Any]:
         """Answer `srd stop`: `keep` leaves the children to the next srd.

@@ -9,11 +9,12 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
+from srd.annals import Annals
 from srd.cluster import Config, Node
 from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
-from srd.ha.primacy import LEAVING_SECONDS, Primacy
+from srd.ha.primacy import ENDING_SECONDS, LEAVING_SECONDS, Primacy
 from srd.ha.promotion import AskPeer
 from srd.ha.repair import Doctor
 from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
@@ -57,6 +58,7 @@ class Duties:
         self._situation = situation
         self._store, self._view = store, store.view
         self._death: restart.Death | None = None
+        annals = Annals(paths, config.cluster)
         self._primacy = Primacy(
             config,
             node,
@@ -66,6 +68,8 @@ class Duties:
             ask_peer=ask_peer,
             wake=self._wake,
             keep_data=self._keep_data,
+            saved=annals.load(),
+            save=annals.save,
         )
         self._doctor = Doctor(config, secrets, store.writer("findings"))
         self._services = Services(
@@ -110,9 +114,13 @@ class Duties:
         """Close the connections by which it acts on other nodes."""
         await self._primacy.close()
 
-    async def switch_over(self, to: str | None, *, dry_run: bool) -> Body:
-        """Move the primary to another node; what is returned and raised is `Primacy.switch_over`'s."""
-        return await self._primacy.switch_over(to, dry_run=dry_run)
+    async def switch_over(self, to: str | None, *, dry_run: bool, by: str | None = None) -> Body:
+        """Move the primary to another node; what is returned and raised is `Primacy.switch_over`'s.
+
+        `by` says which process of this node has asked.
+        """
+        name = self._node.name
+        return await self._primacy.switch_over(to, dry_run=dry_run, by=f"{name} ({by})" if by else name)
 
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
         """Answer another node's srd; `RefusedError` says why not."""
@@ -163,7 +171,7 @@ class Duties:
     @property
     def longest_stop(self) -> float:
         """How many seconds `stop` may take."""
-        return LEAVING_SECONDS + self._services.longest_stop
+        return LEAVING_SECONDS + ENDING_SECONDS + self._services.longest_stop
 
     def release(self) -> None:
         """Let go of the children without ending them."""
@@ -202,7 +210,9 @@ class Duties:
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""
         if service is Service.REDIS:
-            self._death = self._primacy.died()
+            child = self._view().children.get(service)
+            asked = child is not None and child.state is ChildState.STOPPING
+            self._death = self._primacy.died(asked=asked)
 
     def _holds_data(self) -> bool:
         """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from srd.changes import RoleChange
 from srd.cluster import Config, Node
 from srd.model import Endpoint, IpAddress, NodeKind, Role, Service, Suite
 
@@ -164,6 +165,7 @@ class Redis:
     ping_seconds: float = 0.0
     priority: int = 100  # replica-priority: the lower, the sooner a sentinel promotes it; 0 never
     unsaved: str | None = None  # which of its files it could not write when it last tried
+    promoted_at_offset: int | None = None  # up to where it has followed another primary, before it became one itself
 
 
 class DiskTrouble(enum.StrEnum):
@@ -277,16 +279,6 @@ class Backstop:
 
     keeper: str | None
     mended: int
-
-
-@dataclass(frozen=True, slots=True)
-class RoleChange:
-    """One change of who is primary, as this node saw it; `at_timestamp` is Unix seconds, to show to people."""
-
-    at_timestamp: float
-    epoch: int
-    previous: Endpoint | None
-    current: Endpoint
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,8 @@ _PATHS: Final[Mapping[str, Callable[[Situation, str], documents.Document]]] = {
 class ControlServer:
     """Answers from `situation` at `path`, which no other live daemon may hold.
 
-    `actions` maps what may be POSTed to what does it: it gets the query, and returns the answer or raises `SrdError`.
+    `actions` maps what may be POSTed to what does it: it gets the query and, as `by`, who asks; it returns the answer
+    or raises `SrdError`.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class ControlServer:
         asked = dict(request.rel_url.query)
         by = _peer(request)
         try:
-            done = await self._actions[path](asked)
+            done = await self._actions[path](asked | {"by": by})
         except SrdError as error:
             log.warning("asked", action=path, query=asked, by=by, refused=str(error))
             refusal = {"operation": error.operation, "subject": error.subject, "reason": error.reason}

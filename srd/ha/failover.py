@@ -89,12 +89,20 @@ def replaceable_at(s: Situation, primary: Node) -> float | None:
 
 
 class Failover:
-    """Hurries the sentinels, once for each primary that is gone."""
+    """Hurries the sentinels, once for each primary that is gone; `hurrying` is told whose place is taken, and why."""
 
-    def __init__(self, fleet: Fleet, *, situation: Callable[[], Situation], wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        situation: Callable[[], Situation],
+        wake: Callable[[], None],
+        hurrying: Callable[[Node, str], None],
+    ) -> None:
         self._fleet = fleet
         self._situation = situation
         self._wake = wake
+        self._hurrying = hurrying
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
         self._aligned: Node | None = None
@@ -143,6 +151,7 @@ class Failover:
                 log.warning("leaving it to the sentinels", primary=primary.name, why=reason)
                 return
             log.warning("hurrying the sentinels", primary=primary.name, why=why)
+            self._hurrying(primary, why)
             await self._steer(primary)
             await self._hurry(endpoint)
 

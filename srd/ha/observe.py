@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -28,9 +27,9 @@ from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
 from srd.ha.sentinel import PACE_SECONDS, SELECTED, SUBSCRIBED, Event, SentinelClient
 from srd.ha.strays import DOWN_AFTER_SECONDS, PRIORITY_SECONDS, Stray
-from srd.model import Endpoint, NodeKind, Role, Secrets
+from srd.model import NodeKind, Role, Secrets
 from srd.reconcile import Loop, boottime, until_first
-from srd.state import Redis, RoleChange, SentinelAnswer, Store
+from srd.state import Redis, SentinelAnswer, Store
 
 log = structlog.get_logger(__name__)
 
@@ -38,17 +37,16 @@ REDIS_POLL_SECONDS: Final = 0.5
 # A sentinel that answers at once is asked four times in a lease, a slow one twice.
 QUESTIONS_PER_LEASE: Final = 4
 SENTINEL_POLL_SECONDS: Final = 1.0
-HISTORY_LENGTH: Final = 100
 # What a pass may take beyond its question: nothing in it waits for anyone else.
 _PASS_SLACK_SECONDS: Final = 2.0
 
 
 class Observer:
-    """Keeps `redis`, `sentinels`, `silent`, `lease`, `history` and `sentinel_events` of the view true.
+    """Keeps `redis`, `sentinels`, `silent`, `lease` and `sentinel_events` of the view true.
 
     The daemon runs `run`, which is made of `loop` (the local redis), `ask_sentinels` and `events`. `wake` holds what
-    shall be woken at each event besides the observer itself, `heard` what gets each event. `custody` is what this node
-    has given away of its lease, or was given of another's.
+    shall be woken at each event besides the observer itself, `heard` what gets each event, `judged` is called when the
+    lease was judged. `custody` is what this node has given away of its lease, or was given of another's.
     """
 
     def __init__(
@@ -59,24 +57,23 @@ class Observer:
         store: Store,
         *,
         clock: Callable[[], float] = boottime,
-        wall_clock: Callable[[], float] = time.time,
         wake: Sequence[Callable[[], None]] = (),
         heard: Sequence[Callable[[Event], None]] = (),
+        judged: Callable[[], None] = lambda: None,
         custody: Custody | None = None,
     ) -> None:
         self._config = config
         self._node = node
         self._store = store
         self._clock = clock
-        self._wall_clock = wall_clock
         self._callbacks = tuple(wake)
         self._hearers = tuple(heard)
+        self._judged = judged
         self._custody = custody if custody is not None else Custody()
         self._write_redis = store.writer("redis")
         self._write_sentinels = store.writer("sentinels")
         self._write_silent = store.writer("silent")
         self._write_lease = store.writer("lease")
-        self._write_history = store.writer("history")
         self._write_events = store.writer("sentinel_events")
         self.redis: RedisClient | None = None
         if node.kind is NodeKind.REDIS:
@@ -256,19 +253,7 @@ class Observer:
         lease = dataclasses.replace(lease, held=now < expires, expires=expires)
         self._write_sentinels(dict(self._answers))
         self._write_lease(lease)
-        if lease.primary is not None:
-            self._note(lease.primary)
-
-    def _note(self, primary: Endpoint) -> None:
-        """Append to the history if the majority's primary is another than before."""
-        history = self._store.view().history
-        previous = history[-1].current if history else None
-        if primary == previous:
-            return
-        epoch = max(answer.epoch for answer in self._answers.values() if answer.primary == primary)
-        log.info("primary", current=str(primary), previous=str(previous) if previous else None, epoch=epoch)
-        change = RoleChange(self._wall_clock(), epoch, previous, primary)
-        self._write_history((*history, change)[-HISTORY_LENGTH:])
+        self._judged()
 
     async def events(self) -> None:
         """Listen to every sentinel until cancelled: wake at each event, and count those of this node's own."""

@@ -6,24 +6,29 @@ Wires the parts of this wing to one another. A node without redis, an arbiter, w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, Final
 
 import structlog
 
+from srd.changes import ChangeKind
 from srd.cluster import Config, Node
+from srd.ha.chronicle import HISTORY_TOPIC, Chronicle
 from srd.ha.custody import Custody
-from srd.ha.failover import Failover
+from srd.ha.failover import Failover, silent_since
 from srd.ha.fence import Fence
 from srd.ha.fleet import Fleet
+from srd.ha.history import History
 from srd.ha.lease import endpoint_of
+from srd.ha.losses import Loss, Losses
 from srd.ha.observe import Observer
 from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, AskPeer, Promotion
 from srd.ha.restart import Death
 from srd.ha.switchover import Switched, Switchover
 from srd.model import Body, Endpoint, RefusedError, Role, Secrets, Service, SrdError
-from srd.reconcile import Loop, contained
+from srd.reconcile import Loop, boottime, contained
 from srd.state import Situation, Store
 
 log = structlog.get_logger(__name__)
@@ -36,17 +41,22 @@ FENCE_PASS_SECONDS: Final = 5.0
 # A choice of the sentinels is waited for, and before that for them to see who has most.
 REPLACING_SECONDS: Final = 15.0
 SWITCHOVER_TOPIC: Final = "switchover"
+ENDING_TOPIC: Final = "ending"
+ENDING_SECONDS: Final = 0.5
 # For all of its steps, each of which has a bound.
 SWITCHOVER_SECONDS: Final = 30.0
 # For a node that stops: the manager waits for it, and the others replace a primary that stops as one that has died.
 LEAVING_SECONDS: Final = 10.0
+# Of what another srd says of who has asked it.
+MOST_TOLD: Final = 100
 
 
 class Primacy:
     """The parts, and what the daemon runs of them: `bodies` side by side.
 
     `situation` is asked for every judgement, `ask_peer` asks another node's srd, `wake` is called at each event,
-    `keep_data` before redis' files may be replaced by another node's.
+    `keep_data` before redis' files may be replaced by another node's. `saved` is the history that an earlier srd has
+    kept, `save` keeps it and blocks.
     """
 
     def __init__(
@@ -60,20 +70,26 @@ class Primacy:
         ask_peer: AskPeer,
         wake: Callable[[], None],
         keep_data: Callable[[], Awaitable[None]],
+        saved: History = (),
+        save: Callable[[History], None] = lambda _: None,
     ) -> None:
         self._config, self._node, self._situation = config, node, situation
         self._custody = Custody()
         self._ask_peer = ask_peer
-        self._wanted: asyncio.Queue[tuple[str | None, asyncio.Future[Switched]]] = asyncio.Queue(1)
+        self._wanted: asyncio.Queue[tuple[str | None, str, asyncio.Future[Switched]]] = asyncio.Queue(1)
         self._promotion: Promotion | None = None
         self._switchover: Switchover | None = None
         self._fleet = Fleet(config, secrets)
         self._died = asyncio.Event()  # this node's redis, as a primary
-        self.failover = Failover(self._fleet, situation=situation, wake=self.look)
-        hearers = [self.failover.heard]
+        self._losses = Losses(endpoint_of(config, node), view=store.view, clock=boottime)
+        self._chronicle = Chronicle(
+            self._fleet, node, store, losses=self._losses, ask_peer=ask_peer, saved=saved, save=save
+        )
+        self.failover = Failover(self._fleet, situation=situation, wake=self.look, hurrying=self._note_silence)
+        hearers = [self.failover.heard, self._losses.heard]
         silence = Loop("silence", self.failover.watch, resync=self._pace, timeout=REPLACING_SECONDS)
         self._watches = [silence]
-        self.bodies: list[Callable[[], Coroutine[Any, Any, None]]] = [silence.run]
+        self.bodies: list[Callable[[], Coroutine[Any, Any, None]]] = [silence.run, *self._chronicle.bodies]
         own = self._fleet.redises.get(node.name)
         if own is not None:
             promotion = Promotion(self._fleet, node, custody=self._custody, ask_peer=ask_peer, wake=self.look)
@@ -83,6 +99,7 @@ class Primacy:
                 self._fleet,
                 node,
                 custody=self._custody,
+                losses=self._losses,
                 situation=situation,
                 ask_peer=ask_peer,
                 judge=self._judge,
@@ -98,7 +115,16 @@ class Primacy:
                 self._have_it_replaced,
                 partial(self._switch_all, self._switchover),
             ]
-        self.observer = Observer(config, node, secrets, store, wake=(wake,), heard=hearers, custody=self._custody)
+        self.observer = Observer(
+            config,
+            node,
+            secrets,
+            store,
+            wake=(wake,),
+            heard=hearers,
+            judged=self._chronicle.judged,
+            custody=self._custody,
+        )
         self.bodies.append(self.observer.run)
         self._store = store
         self._primary: Endpoint | None = None  # as the watches have last looked at it
@@ -133,12 +159,42 @@ class Primacy:
         """Have everything asked again soon."""
         self.observer.wake()
 
-    def died(self) -> Death:
-        """Take note that this node's redis has ended; return when, and as what. A primary is replaced at once."""
+    def died(self, *, asked: bool = False) -> Death:
+        """Take note that this node's redis has ended; return when, and as what. A primary is replaced at once.
+
+        `asked` says whether srd was asked to end it.
+        """
         death = self.observer.death()
-        if death.as_role is Role.PRIMARY and len(self._config.redis_nodes) > 1:
-            self._died.set()
+        if death.as_role is Role.PRIMARY:
+            kind = ChangeKind.OPERATOR if asked else ChangeKind.CRASH
+            own = endpoint_of(self._config, self._node)
+            self._losses.note(Loss(kind, own, death.at, by=self._node.name))
+            if len(self._config.redis_nodes) > 1:
+                self._died.set()
         return death
+
+    async def farewell(self) -> None:
+        """Tell the other nodes that the primary's redis, which is here, is about to be ended on purpose.
+
+        After that there is no srd here that could say why it was replaced.
+        """
+
+        async def tell(peer: str) -> None:
+            with contextlib.suppress(SrdError):  # then it takes this node for silent
+                await self._ask_peer(peer, ENDING_TOPIC, {}, ENDING_SECONDS)
+
+        async with asyncio.TaskGroup() as group:
+            for voter in self._config.voters:
+                if voter != self._node:
+                    group.create_task(tell(voter.name))
+
+    def _note_silence(self, primary: Node, why: str) -> None:
+        """Write down that this node has a silent primary replaced; of its own, that its redis has ended is known."""
+        s, endpoint = self._situation(), endpoint_of(self._config, primary)
+        if primary != self._node:
+            since = silent_since(s.config, s.view.sentinels, endpoint, s.now)
+            began = s.now if since is None else since
+            self._losses.note(Loss(ChangeKind.SILENT, endpoint, began, why, self._node.name))
 
     @property
     def deposed(self) -> bool:
@@ -147,19 +203,20 @@ class Primacy:
         named = lease.primary if lease is not None else None
         return self.observer.last_role is Role.PRIMARY and named not in (None, endpoint_of(self._config, self._node))
 
-    async def switch_over(self, to: str | None, *, dry_run: bool) -> Body:
-        """Move the primary to a node, or to the fittest; by the primary's srd, wherever this is asked.
+    async def switch_over(self, to: str | None, *, dry_run: bool, by: str | None = None) -> Body:
+        """Move the primary to a node, or to the fittest; by the primary's srd, wherever this is asked, and by whom.
 
         Return `from`, `to`, and after it was done `gap_seconds`, `seconds` and whether it is `named` by the sentinels.
         `SrdError` says what speaks against it, or what went wrong.
         """
+        by = by if by is not None else self._node.name
         s = self._situation()
         lease = s.view.lease
         primary = s.config.node_at(lease.primary.address) if lease is not None and lease.primary is not None else None
         if primary is None:
             raise RefusedError("switch over", "the primary", "no majority of the sentinels names one")
         if primary != self._node:
-            body: Body = {"to": to, "dry_run": dry_run}
+            body: Body = {"to": to, "dry_run": dry_run, "by": by}
             return await self._ask_peer(primary.name, SWITCHOVER_TOPIC, body, SWITCHOVER_SECONDS)
         if self._switchover is None:
             raise RefusedError("switch over from", self._node.name, "it runs no redis")
@@ -167,7 +224,7 @@ class Primacy:
             return {"from": self._node.name, "to": self._switchover.choose(to).name}
         done: asyncio.Future[Switched] = asyncio.get_running_loop().create_future()
         try:
-            self._wanted.put_nowait((to, done))
+            self._wanted.put_nowait((to, by, done))
         except asyncio.QueueFull:
             raise RefusedError("switch over from", self._node.name, "another switchover is under way") from None
         # Whoever asks may go away, its connection may be replaced by new keys: what has begun goes on to its end.
@@ -187,18 +244,21 @@ class Primacy:
             return
         try:
             async with asyncio.timeout(LEAVING_SECONDS):
-                await self._switchover.run(None)
+                await self._switchover.run(None, cause="srd was stopped", by=self._node.name)
+                return
         except TimeoutError:
             log.warning("stopping as the primary", why=f"a switchover took longer than {LEAVING_SECONDS:g} s")
         except SrdError as error:
             log.warning("stopping as the primary", why=str(error))
+        await self.farewell()
 
     async def _switch_all(self, switchover: Switchover) -> None:
         """Do the switchovers that are asked for, one at a time."""
         while True:
-            to, done = await self._wanted.get()
+            to, by, done = await self._wanted.get()
             try:
-                result = await switchover.run(to)
+                cause = "srd switchover" if to is None else f"srd switchover --to {to}"
+                result = await switchover.run(to, cause=cause, by=by)
             except SrdError as error:
                 if not done.done():
                     done.set_exception(error)
@@ -207,15 +267,27 @@ class Primacy:
                     done.set_result(result)
 
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
-        """Answer another node's srd; `RefusedError` says why not."""
+        """Answer another node's srd; `RefusedError` says why not. A client's has no say in who is primary."""
+        if all(voter.name != peer for voter in self._config.voters):
+            raise RefusedError("answer", topic, f"{peer} runs no sentinel of this cluster")
         if topic == LEASE_TOPIC:
             return {"seconds": self._give_lease(peer)}
         if topic == REIGN_TOPIC and self._promotion is not None and body.get("former") == peer:
             await self._promotion.succeed(peer)
             return {}
         if topic == SWITCHOVER_TOPIC:
-            to = body.get("to")
-            return await self.switch_over(to if isinstance(to, str) else None, dry_run=body.get("dry_run") is True)
+            to, by = body.get("to"), body.get("by")
+            return await self.switch_over(
+                to if isinstance(to, str) else None,
+                dry_run=body.get("dry_run") is True,
+                by=by[:MOST_TOLD] if isinstance(by, str) else peer,
+            )
+        if topic == ENDING_TOPIC:
+            own = endpoint_of(self._config, self._config.node(peer))
+            self._losses.note(Loss(ChangeKind.OPERATOR, own, boottime(), f"srd was stopped on {peer}", peer))
+            return {}
+        if topic == HISTORY_TOPIC:
+            return self._chronicle.answer(peer, body)
         raise RefusedError("answer", topic, "this srd knows no such question")
 
     def _judge(self) -> None:
@@ -235,6 +307,7 @@ class Primacy:
         seconds = self._custody.give(peer, s.now)
         if seconds <= 0:
             raise RefusedError("give", "the lease", f"{s.node.name} has none")
+        self._losses.given()
         self._judge()
         return seconds
 

@@ -143,7 +143,13 @@ def _redis(info: Fields, settings: Sequence[Fields], *, asked: float, took: floa
         ping_seconds=took,
         priority=priority.get("replica-priority", int),
         unsaved=_unsaved(info),
+        promoted_at_offset=None if replica else _promoted_at(info.get("second_repl_offset", int)),
     )
+
+
+def _promoted_at(second: int) -> int | None:
+    """Return up to where a promoted redis has followed: it answers for that stream below this offset; -1 for none."""
+    return second - 1 if second > 0 else None
 
 
 def _unsaved(info: Fields) -> str | None:

@@ -24,16 +24,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
 
+from srd.changes import ChangeKind
 from srd.cluster import PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
+from srd.ha.losses import Loss, Losses
 from srd.ha.promotion import REIGN_TOPIC, AskPeer
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
@@ -122,7 +124,10 @@ def _offset(redis: Redis | None, config: Config, node: Node) -> int:
 
 
 class Switchover:
-    """Switches over from this node. `judge` has the lease judged again at once, `look` everything asked again."""
+    """Switches over from this node, and has that written down.
+
+    `judge` has the lease judged again at once, `look` everything asked again.
+    """
 
     def __init__(
         self,
@@ -130,6 +135,7 @@ class Switchover:
         node: Node,
         *,
         custody: Custody,
+        losses: Losses,
         situation: Callable[[], Situation],
         ask_peer: AskPeer,
         judge: Callable[[], None],
@@ -138,6 +144,7 @@ class Switchover:
         self._fleet = fleet
         self._node = node
         self._custody = custody
+        self._losses = losses
         self._situation = situation
         self._ask_peer = ask_peer
         self._judge = judge
@@ -148,8 +155,11 @@ class Switchover:
         """Return whom it would go to now; `RefusedError` when it would not go."""
         return choose(self._situation(), wanted)
 
-    async def run(self, wanted: str | None) -> Switched:
-        """Move the primary; `SrdError` when it stays where it was, with everything as it was."""
+    async def run(self, wanted: str | None, *, cause: str, by: str) -> Switched:
+        """Move the primary; `SrdError` when it stays where it was, with everything as it was.
+
+        `cause` and `by` are what is written down of it: why, and who has asked.
+        """
         if self._busy.locked():
             raise RefusedError("switch over from", self._node.name, "another switchover is under way")
         async with self._busy:
@@ -160,7 +170,10 @@ class Switchover:
             try:
                 sentinel = await self._prefer(successor, new)
                 await self._attach(successor, new)
-                gap = await self._hand_over(successor, old, new)
+                own = endpoint_of(self._fleet.config, self._node)
+                with self._noted(Loss(ChangeKind.SWITCHOVER, own, began, cause, by)):
+                    gap = await self._hand_over(successor, old, new)
+                self._losses.handed_over(gap)
                 named = await self._have_it_named(successor, sentinel)
             except (SrdError, asyncio.CancelledError):
                 await self._reattach()
@@ -171,6 +184,16 @@ class Switchover:
             done = Switched(successor.name, gap, boottime() - began, named)
             log.warning("switched over", to=successor.name, gap_ms=round(gap * 1000, 1), named=named)
             return done
+
+    @contextlib.contextmanager
+    def _noted(self, loss: Loss) -> Iterator[None]:
+        """Have a change of primary put down to this; unless it ends in an error."""
+        self._losses.note(loss)
+        try:
+            yield
+        except (SrdError, asyncio.CancelledError):
+            self._losses.stayed()
+            raise
 
     async def _prefer(self, successor: Node, new: RedisClient) -> SentinelClient:
         """Prefer the successor; return a sentinel that knows and that can make the epoch."""

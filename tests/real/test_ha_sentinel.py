@@ -14,11 +14,14 @@ from support.patience import retrying
 from support.sentinels import SECRETS, WRONG, Cluster, raw, redis_client, sentinel_client, until, whole
 
 from srd.config import parse_config
+from srd.ha.chronicle import Chronicle
+from srd.ha.fleet import Fleet
+from srd.ha.losses import Losses
 from srd.ha.observe import Observer
 from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
 from srd.ha.sentinel import PACE, SUBSCRIBED, SentinelClient
 from srd.ha.strays import DOWN_AFTER_SECONDS
-from srd.model import Endpoint, Role
+from srd.model import Body, Endpoint, Role, SrdError
 from srd.reconcile import boottime
 from srd.state import Store, View
 
@@ -151,19 +154,31 @@ async def test_an_answer_that_is_no_redis_is_not_understood(cluster: Cluster) ->
             await client.observe()
 
 
+async def _nobody(peer: str, _topic: str, _body: Body, _seconds: float) -> Body:
+    raise SrdError("ask", peer, "there are no other srds here")
+
+
 class Watch:
     """An observer of one node with its store; notes if its lease is ever doubtful."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.store = Store(boottime())
         self.woken = 0
+        chronicle = Chronicle(
+            Fleet(cluster.config, SECRETS),
+            cluster.config.node(name),
+            self.store,
+            losses=Losses(cluster.endpoint(name), view=self.store.view, clock=boottime),
+            ask_peer=_nobody,
+            wall_clock=lambda: 1_700_000_000.0,
+        )
         self.observer = Observer(
             cluster.config,
             cluster.config.node(name),
             SECRETS,
             self.store,
-            wall_clock=lambda: 1_700_000_000.0,
             wake=(self._wake,),
+            judged=chronicle.judged,
         )
 
     def _wake(self) -> None:

@@ -1,8 +1,4 @@
-"""Three nodes' say in who is primary, over real redises and real sentinels: how fast, how safe, and what it leaves.
-
-What the programs do is real; the nodes' srds ask one another by a call instead of the keying channel, and supervision
-is the test's: it ends a redis and says so to the srd beside it, as the pidfd would.
-"""
+"""Three nodes' say in who is primary, over real redises and real sentinels: how fast, how safe, and what it leaves."""
 
 from __future__ import annotations
 
@@ -11,110 +7,21 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from functools import partial
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import redis.exceptions
 from redis.asyncio import Redis as RawRedis
-from support.sentinels import SECRETS, Cluster, raw, redis_client, sentinel_client, until, whole
+from support.primacies import NAMES, Srd, leader, running, settled, watched, writes
+from support.sentinels import Cluster, raw, redis_client, sentinel_client, until, whole
 
 from srd.cluster import DEFAULT_PRIORITY
 from srd.ha.failover import REPLACE_SECONDS
-from srd.ha.primacy import Primacy
 from srd.ha.redis import FENCED
 from srd.ha.sentinel import SentinelClient
-from srd.model import Body, Endpoint, RefusedError, Role, Service, SrdError
-from srd.reconcile import boottime, until_first
-from srd.state import Child, ChildState, Lease, PeerReport, Situation, Store, View
-
-NAMES = ("n1", "n2", "n3")
-
-
-class Srd:
-    """One node's primacy, its view, and its word on whether its redis runs."""
-
-    def __init__(self, cluster: Cluster, name: str, others: dict[str, Srd]) -> None:
-        self.name = name
-        self.node = cluster.config.node(name)
-        self.config = cluster.config
-        self.store = Store(boottime())
-        self.others = others
-        self.kept = 0
-        self.write_children = self.store.writer("children")
-        self.write_peers = self.store.writer("peers")
-        self.alive()
-        self.primacy = Primacy(
-            cluster.config,
-            self.node,
-            SECRETS,
-            self.store,
-            situation=self.situation,
-            ask_peer=self.ask,
-            wake=lambda: None,
-            keep_data=self.keep_data,
-        )
-
-    async def keep_data(self) -> None:
-        self.kept += 1
-
-    def situation(self) -> Situation:
-        return Situation(self.config, self.node, self.store.view(), boottime())
-
-    async def ask(self, peer: str, topic: str, body: Body, _seconds: float) -> Body:
-        if peer not in self.others:
-            raise RefusedError("ask", peer, "it is gone")
-        return await self.others[peer].primacy.answer(self.name, topic, body)
-
-    def hear(self, other: str) -> None:
-        """Take a heartbeat of another node's srd."""
-        known = self.store.view().peers
-        word = PeerReport(other, boottime(), "0", initialized=True, role=Role.UNKNOWN, healthy=True)
-        self.write_peers({**known, other: word})
-
-    def alive(self) -> None:
-        self.write_children({Service.REDIS: Child(ChildState.READY, pid=1)})
-
-    def redis_died(self) -> None:
-        self.write_children({Service.REDIS: Child(ChildState.BACKOFF)})
-        self.primacy.died()
-
-    @property
-    def lease(self) -> Lease | None:
-        return self.store.view().lease
-
-    def leads(self) -> bool:
-        """Whether it would say yes to /primary now, as far as this wing has a say in it."""
-        view, now = self.store.view(), boottime()
-        is_primary = view.redis is not None and view.redis.role is Role.PRIMARY
-        runs = view.children[Service.REDIS].pid is not None
-        return runs and is_primary and not view.fenced and self.lease is not None and now < self.lease.expires
-
-    async def until(self, predicate: Callable[[View], bool], seconds: float = 40) -> View:
-        return await self.store.wait_for(predicate, seconds)
-
-
-async def heartbeats(srd: Srd) -> None:
-    while True:
-        for other in srd.others.values():
-            other.hear(srd.name)
-        await asyncio.sleep(0.5)
-
-
-@contextlib.asynccontextmanager
-async def running(*srds: Srd) -> AsyncIterator[None]:
-    """Run them until the block ends; a defect of one fails the test."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(until_first(partial(heartbeats, srd), *srd.primacy.bodies)) for srd in srds]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            for srd in srds:
-                await srd.primacy.close()
+from srd.model import RefusedError, Role, Service, SrdError
+from srd.state import Child, ChildState
 
 
 @pytest.fixture
@@ -133,68 +40,6 @@ async def srds(cluster: Cluster) -> dict[str, Srd]:
     made: dict[str, Srd] = {}
     made.update({name: Srd(cluster, name, made) for name in NAMES})
     return made
-
-
-class Watcher:
-    """Looks every 5 ms who would say yes, and keeps every moment at which two would."""
-
-    def __init__(self, srds: dict[str, Srd]) -> None:
-        self._srds = srds
-        self.doubles: list[tuple[float, list[str]]] = []
-
-    async def run(self) -> None:
-        while True:
-            leaders = [name for name, srd in self._srds.items() if srd.leads()]
-            if len(leaders) > 1:
-                self.doubles.append((time.monotonic(), leaders))
-            await asyncio.sleep(0.005)
-
-
-@contextlib.asynccontextmanager
-async def watched(srds: dict[str, Srd], *names: str) -> AsyncIterator[None]:
-    """Run these nodes' srds, and once n1 leads the block; no two of all may ever say yes at one instant."""
-    watcher = Watcher(srds)
-    async with running(*(srds[name] for name in names)), asyncio.TaskGroup() as group:
-        if "n1" in names:
-            await srds["n1"].until(lambda _: srds["n1"].leads())
-        task = group.create_task(watcher.run())
-        yield
-        task.cancel()
-    assert watcher.doubles == []
-
-
-async def settled(cluster: Cluster, primary: Endpoint, seconds: float = 20, among: tuple[str, ...] = NAMES) -> None:
-    """Wait until each of these sentinels names this primary and judges it by what is configured."""
-    for name in among:
-        async with sentinel_client(cluster, name) as asked:
-
-            async def done(asked: object = asked) -> bool:
-                answer = await asked.ask()  # type: ignore[attr-defined]
-                return answer.primary == primary and answer.down_after == cluster.config.sentinel.down_after
-
-            await until(done, seconds)
-
-
-async def leader(srds: dict[str, Srd], among: tuple[str, ...], seconds: float = 20) -> Srd:
-    async with asyncio.timeout(seconds):
-        while True:
-            found = [srds[name] for name in among if srds[name].leads()]
-            if found:
-                return found[0]
-            await asyncio.sleep(0.005)
-
-
-async def writes(cluster: Cluster, name: str, seconds: float = 10) -> None:
-    client = raw(cluster, name)
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                with contextlib.suppress(Exception):
-                    await client.set("after", "1")
-                    return
-                await asyncio.sleep(0.005)
-    finally:
-        await client.aclose()
 
 
 def show(**figures: float) -> None:

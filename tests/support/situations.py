@@ -4,6 +4,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
+from srd.changes import ChangeKind, RoleChange
 from srd.cluster import Config
 from srd.config import parse_config
 from srd.model import Endpoint, NodeKind, Role, Service, Suite
@@ -19,7 +20,6 @@ from srd.state import (
     PeerReport,
     Redis,
     ReplicaOf,
-    RoleChange,
     SentinelAnswer,
     Situation,
     View,
@@ -111,7 +111,22 @@ def _view(cluster: Config, me: str) -> View:
             node.name: SentinelAnswer(node.name, NOW - 0.2, at(1), 3, False, 3, 2, frozenset({"master"}))
             for node in cluster.voters
         },
-        history=(RoleChange(WALL - 100, 3, at(2), at(1)),),
+        history=(
+            RoleChange(
+                WALL - 100,
+                3,
+                at(2),
+                at(1),
+                kind=ChangeKind.CRASH,
+                cause="redis has ended: killed by SIGKILL",
+                by=("redis-2",),
+                duration_seconds=0.5,
+                settling_seconds=0.1,
+                known_offset=OFFSET,
+                known_age_seconds=0.25,
+                taken_offset=OFFSET - 12,
+            ),
+        ),
         sentinel_events={"+switch-master": 1},
         certificates={"node": WALL + 365 * 86400},
         initialized=True,

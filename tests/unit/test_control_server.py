@@ -132,7 +132,7 @@ async def test_an_action_is_done_by_post_only_and_says_what_came_of_it(tmp_path:
         assert asked == []
         answer = await asyncio.to_thread(client.post, path, "/v1/rekey?peer=redis-2", timeout=10)
         assert answer == {"schema": 1, "done": True}
-        assert asked == [{"peer": "redis-2"}]
+        assert asked == [{"peer": "redis-2", "by": f"pid {os.getpid()}, uid {os.getuid()}"}]
         # Whatever the query holds, it is one value in the log.
         await asyncio.to_thread(client.post, path, "/v1/rekey?event=x&action=y&by=z", timeout=10)
         with pytest.raises(SrdError, match="cannot rekey nobody: it is no peer; name another") as caught:

@@ -24,6 +24,7 @@ slave0:ip=fd00::2,port=6379,state=online,offset=41,lag=1,type=main-channel\r
 slave1:ip=10.0.0.3,port=6380,state=wait_bgsave,offset=0,lag=0\r
 master_replid:{REPLID}\r
 master_repl_offset:42\r
+second_repl_offset:-1\r
 slave_expires_tracked_keys:0\r
 # Persistence\r
 loading:0\r
