@@ -126,8 +126,10 @@ def show(
     table: Callable[[Document], None],
     options: Reading,
     exit_status: Callable[[Document], int] = lambda _: 0,
+    *,
+    pick: Callable[[Document], Document] = lambda document: document,
 ) -> None:
-    """Ask the daemon for `path` and show the answer, once or, with `--watch`, until Ctrl-C."""
+    """Ask the daemon for `path` and show what `pick` takes of the answer, once or, with `--watch`, until Ctrl-C."""
     output, watch, timeout = options.output, options.watch, options.timeout
     status = 0
     interrupted = False
@@ -150,7 +152,7 @@ def show(
                 click.echo(f"srd: {error}", err=True)
             else:
                 status = exit_status(document)
-                _print(document, output, table, clear=watch is not None and sys.stdout.isatty())
+                _print(pick(document), output, table, clear=watch is not None and sys.stdout.isatty())
             if watch is None:
                 break
             time.sleep(watch)
@@ -169,12 +171,15 @@ def _print(document: Document, output: str, table: Callable[[Document], None], *
     table(document)
 
 
-def reading(command: Callable[[Paths, Reading], None]) -> Callable[..., None]:
-    """Add the options that every verb has which shows something of the daemon, and hand them over as `Reading`."""
+def reading(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every verb has which shows something of the daemon, and hand them over as `Reading`.
+
+    The verb gets `Paths`, `Reading`, and its own options by name.
+    """
 
     @functools.wraps(command)
-    def verb(*, output: str, watch: float | None, timeout: float) -> None:
-        command(click.get_current_context().obj, Reading(output, watch, timeout))
+    def verb(*, output: str, watch: float | None, timeout: float, **own: Any) -> None:
+        command(click.get_current_context().obj, Reading(output, watch, timeout), **own)
 
     decorated: Callable[..., None] = verb
     for option in (

@@ -48,10 +48,15 @@ def children_command(paths: Paths, options: Reading) -> None:
 
 
 @click.command("events")
+@click.option("-n", "--count", type=click.IntRange(min=0), default=20, show_default=True, help="How many last ones.")
 @reading
-def events_command(paths: Paths, options: Reading) -> None:
-    """Show the changes of primary that this node has seen, the oldest first."""
-    show(paths, "/v1/events", _events, options)
+def events_command(paths: Paths, options: Reading, *, count: int) -> None:
+    """Show the last changes of primary, the oldest first: why, how long they took, and what was lost."""
+
+    def last(document: Document) -> Document:
+        return document | {"events": document["events"][-count:] if count else []}
+
+    show(paths, "/v1/events", _events, options, pick=last)
 
 
 def _status(document: Document) -> None:
@@ -160,18 +165,41 @@ def _children(document: Document) -> None:
 def _events(document: Document) -> None:
     rows = [
         [
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at_timestamp"])),
+            _when(event),
             cell(event["epoch"]),
-            event["kind"],
             _who(event["from"]),
             _who(event["to"]),
+            event["kind"],
+            _span(event["duration_seconds"]),
+            _span(event["write_gap_seconds"]),
+            _lost(event),
+            cell(", ".join(filter(None, [event["cause"], _by(event["by"])])) or None),
         ]
         for event in document["events"]
     ]
-    print_table(["TIME", "EPOCH", "EVENT", "FROM", "TO"], rows)
+    print_table(["TIME", "EPOCH", "FROM", "TO", "KIND", "DURATION", "NO WRITES", "LOST", "CAUSE"], rows)
+
+
+def _when(event: Document) -> str:
+    moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["at_timestamp"]))
+    return f"before {moment}" if event["before"] else moment
 
 
 def _who(endpoint: Document | None) -> str:
-    if endpoint is None:
+    return "-" if endpoint is None else endpoint["node"] or endpoint["address"]
+
+
+def _by(names: list[str]) -> str:
+    return f"by {', '.join(names)}" if names else ""
+
+
+def _span(seconds: float | None) -> str:
+    """Return a span that may be some milliseconds."""
+    return f"{seconds * 1000:.0f}ms" if seconds is not None and seconds < 1 else duration(seconds)
+
+
+def _lost(event: Document) -> str:
+    """Return how much of the old primary's stream is lost; what it wrote last may not be known."""
+    if event["lost_bytes"] is None:
         return "-"
-    return f"{endpoint['node']} {endpoint['address']}" if endpoint["node"] else str(endpoint["address"])
+    return size(event["lost_bytes"]) if event["lost_exactly"] else f">= {size(event['lost_bytes'])}"

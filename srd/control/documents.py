@@ -76,15 +76,15 @@ def children(situation: Situation, _version: str) -> Document:
 
 
 def events(situation: Situation, _version: str) -> Document:
-    """Return the changes of primary, the oldest first, and how often Sentinel published what."""
+    """Return the changes of primary that are known, the oldest first, and how often Sentinel published what."""
     return _head(situation) | {
         "events": [
             {
                 "at_timestamp": change.at_timestamp,
                 "epoch": change.epoch,
-                "kind": "primary_changed",
                 "from": _endpoint(situation, change.previous),
                 "to": _endpoint(situation, change.current),
+                **change.facts,
             }
             for change in situation.view.history
         ],

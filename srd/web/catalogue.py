@@ -56,6 +56,13 @@ _ROLE: Final = (
     _gauge("srd_primary_lease_held", "Whether a majority of the sentinels names this node, and its word still holds."),
     _gauge("srd_primary_lease_expires_timestamp_seconds", "Until when the lease that this node holds is good."),
 )
+_CHANGES: Final = (
+    _counter("srd_primary_changes_total", "Changes of primary since srd started, half a minute after each.", "kind"),
+    _gauge("srd_primary_last_change_timestamp_seconds", "When the primary last changed."),
+    _gauge("srd_primary_last_change_duration_seconds", "How long the last change of primary took.", "kind"),
+    _gauge("srd_primary_last_change_write_gap_seconds", "For how long nobody took a write at the last change.", "kind"),
+    _gauge("srd_primary_last_change_lost_bytes", "How much was lost at the last change, at least.", "kind"),
+)
 _REDIS: Final = (
     _gauge("srd_redis_up", "Whether redis has answered within 2 s."),
     _gauge("srd_redis_info", "Always 1; the label says which redis runs.", "version"),
@@ -123,5 +130,5 @@ _REST: Final = (
 )
 
 # What the collector formats from a snapshot; the histogram is the one metric that keeps itself.
-SAMPLED: Final = (*_DAEMON, *_CHILDREN, *_ROLE, *_REDIS, *_SENTINEL, *_IPSEC, *_REST)
+SAMPLED: Final = (*_DAEMON, *_CHILDREN, *_ROLE, *_CHANGES, *_REDIS, *_SENTINEL, *_IPSEC, *_REST)
 FAMILIES: Final = (*SAMPLED, REQUEST_DURATION)

@@ -18,6 +18,8 @@ from srd.web.health import Verdict
 Document = dict[str, Any]
 
 _RUNNING: Final = "running"
+# Anybody may ask, and a thousand would keep srd busy for 10 ms; `srd events` has them all.
+SHOWN_CHANGES: Final = 100
 
 
 def check_document(verdict: Verdict, situation: Situation, version: str) -> Document:
@@ -72,7 +74,7 @@ def cluster_document(situation: Situation, version: str) -> Document:
 
 
 def history_document(situation: Situation) -> list[Document]:
-    """Return the changes of primary that this node has seen, the oldest first: the body of `/history`."""
+    """Return the last changes of primary that this node knows of, the oldest first: the body of `/history`."""
     return [
         {
             "epoch": change.epoch,
@@ -80,8 +82,9 @@ def history_document(situation: Situation) -> list[Document]:
             "from": _endpoint(change.previous),
             "to": _endpoint(change.current),
             "node": _name_at(situation, change.current),
+            **change.facts,
         }
-        for change in situation.view.history
+        for change in situation.view.history[-SHOWN_CHANGES:]
     ]
 
 

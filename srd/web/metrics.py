@@ -14,11 +14,12 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from srd.changes import ChangeKind
 from srd.cluster import Node
 from srd.conditions import conditions
 from srd.model import IpsecMode, NodeKind, Role
 from srd.reconcile import Loop
-from srd.state import ChildState, Link, Situation
+from srd.state import ChildState, Link, Situation, services_of
 from srd.web import health
 from srd.web.catalogue import CONSTANT_LABELS, REQUEST_DURATION, SAMPLED, Family
 
@@ -27,6 +28,8 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 DURATION_BUCKETS: Final = (0.0005, 0.001, 0.0025, 0.01, 0.1)
 # A scrape takes some milliseconds of the event loop: anybody may ask often, it is made once a second.
 CACHE_SECONDS: Final = 1.0
+# Until all that is known of a change of primary has been told; a node that was away may know more later.
+TELLING_SECONDS: Final = 30.0
 
 Sample = tuple[str, tuple[str, ...], float]
 
@@ -130,6 +133,8 @@ class Metrics(Collector):
         if s.node.kind is NodeKind.REDIS:
             yield from _role_samples(s)
             yield from _redis_samples(s)
+        if services_of(s.node):
+            yield from _change_samples(s)
         yield from _sentinel_samples(s)
         yield from _ipsec_samples(s)
         for name, not_after in s.view.certificates.items():
@@ -205,6 +210,25 @@ def _role_samples(s: Situation) -> Iterator[Sample]:
     yield "srd_primary_lease_held", (), held
     if held and s.view.lease is not None:
         yield "srd_primary_lease_expires_timestamp_seconds", (), _wall(s, s.view.lease.expires)
+
+
+def _change_samples(s: Situation) -> Iterator[Sample]:
+    # Counted once the nodes have told one another what they know: a count by kind must not move to another kind.
+    started, settled = _wall(s, s.view.started), s.wall_clock - TELLING_SECONDS
+    counts = Counter(change.kind for change in s.view.history if started <= change.at_timestamp <= settled)
+    for kind in ChangeKind:
+        yield "srd_primary_changes_total", (kind,), counts[kind]
+    last = s.view.history[-1] if s.view.history else None
+    if last is None or last.previous is None:
+        return
+    yield "srd_primary_last_change_timestamp_seconds", (), last.at_timestamp
+    for name, value in (
+        ("srd_primary_last_change_duration_seconds", last.duration_seconds),
+        ("srd_primary_last_change_write_gap_seconds", last.write_gap_seconds),
+        ("srd_primary_last_change_lost_bytes", last.lost_bytes),
+    ):
+        if value is not None:
+            yield name, (last.kind,), value
 
 
 def _redis_samples(s: Situation) -> Iterator[Sample]:

@@ -111,7 +111,10 @@ async def test_list(serve: Serve, tmp_path: Path) -> None:
     [
         ("links", ["redis-2", "protected", "X25519MLKEM768", "1m 0s", "00001001/00001002", "10 B / 20 B"]),
         ("children", ["redis", "ready", "100", "10m 0s"]),
-        ("events", ["2023-11-14", "primary_changed", "redis-2 192.168.205.11:6379", "redis-1 192.168.205.10:6379"]),
+        (
+            "events",
+            ["2023-11-14", "redis-2  redis-1  crash  500ms", "600ms", ">= 12 B", "killed by SIGKILL, by redis-2"],
+        ),
     ],
 )
 @pytest.mark.parametrize("situation", [primary_situation(), replace(primary_situation(), view=View())])
