@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ class Chronicle:
         self._clock, self._wall_clock = clock, wall_clock
         self._write = store.writer("history")
         self._saved, self._save = saved, save
+        self._writing = threading.Lock()
         self._last = saved[-1].current if saved else None
         self._looked = float("-inf")  # when a majority last named somebody
         self._standing: tuple[Endpoint, int, float] | None = None  # the primary, its offset, and when that was true
@@ -248,9 +250,18 @@ class Chronicle:
     async def _keep(self) -> None:
         """One pass: have on disk what is known."""
         history = self._view().history
-        if history != self._saved:
-            await asyncio.to_thread(self._save, history)
-            self._saved = history
+        if history == self._saved:
+            return
+        if self._writing.locked():
+            # Another thread for each attempt on a disk that hangs, and soon there is none left for anything else.
+            raise SrdError("write", "the history", "the disk has not answered the last attempt")
+
+        def write() -> None:
+            with self._writing:
+                self._save(history)
+
+        await asyncio.to_thread(write)
+        self._saved = history
 
     async def _tell(self) -> None:
         """One pass: tell every node the entries that it is not known to have."""

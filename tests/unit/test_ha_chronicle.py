@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -34,6 +36,8 @@ class Node:
         self.told: list[tuple[str, RoleChange]] = []
         self.kept: list[History] = []
         self.disk_is_full = False
+        self.disk_works = threading.Event()
+        self.disk_works.set()
         self.losses = Losses(at(1), view=self.store.view, clock=lambda: self.now)
         self.chronicle = Chronicle(
             Fleet(CONFIG, SECRETS),
@@ -55,6 +59,7 @@ class Node:
         return {}
 
     def _save(self, history: History) -> None:
+        self.disk_works.wait(10)
         if self.disk_is_full:
             raise SrdError("write", "history.json", "no space left on device")
         self.kept.append(history)
@@ -265,6 +270,20 @@ async def test_nobody_is_told_what_it_has_said_itself(node: Node) -> None:
     node.chronicle.answer("redis-2", word_of(word))
     await node.chronicle._tell()
     assert node.told == [("redis-3", word)]
+
+
+async def test_a_disk_that_hangs_is_waited_for_by_one_thread_only(node: Node) -> None:
+    node.disk_works.clear()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await node.chronicle._keep()
+    with pytest.raises(SrdError, match="has not answered the last attempt"):
+        await node.chronicle._keep()
+    assert node.kept == []
+    node.disk_works.set()
+    async with asyncio.timeout(10):
+        while node.kept != [node.history]:  # noqa: ASYNC110 - it is another thread that comes to its end
+            await asyncio.sleep(0.01)
 
 
 async def test_a_full_disk_is_tried_again(node: Node) -> None:
