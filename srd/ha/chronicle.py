@@ -164,6 +164,7 @@ class Chronicle:
             change = self._explained(change, loss, now)
         elif blind:
             change = dataclasses.replace(change, kind=ChangeKind.UNSEEN, before=True)
+        change = self._with_offset(change, loss.began if loss is not None else now)
         if previous is not None and primary == endpoint_of(self._fleet.config, self._node):
             self._own = _Own(key_of(change), now, seen=not change.before)
         self._enter(change)
@@ -172,7 +173,7 @@ class Chronicle:
     def _explained(self, change: RoleChange, loss: Loss, now: float) -> RoleChange:
         own = self._accession if change.current == endpoint_of(self._fleet.config, self._node) else None
         led = loss.led if loss.led is not None else own.led if own is not None else now
-        change = dataclasses.replace(
+        return dataclasses.replace(
             change,
             at_timestamp=max(0.0, change.at_timestamp - (now - led)),
             kind=loss.kind,
@@ -182,10 +183,24 @@ class Chronicle:
             gap_seconds=loss.gap_seconds,
             complete=loss.complete,
         )
-        if loss.complete or self._standing is None or self._standing[0] != loss.primary:
+
+    def _with_offset(self, change: RoleChange, began: float) -> RoleChange:
+        """Say how far the old primary is known to have come, unless it is known that nothing is missing.
+
+        A redis that is here and does not follow yet says it best, above all one that is back: its fence has ended the
+        writes, and what it took before that is lost when it follows.
+        """
+        redis, standing = self._view().redis, self._standing
+        if change.complete or change.previous is None:
             return change
-        _, offset, at = self._standing
-        return dataclasses.replace(change, known_offset=offset, known_age_seconds=max(0.0, loss.began - at))
+        own = change.previous == endpoint_of(self._fleet.config, self._node)
+        if own and redis is not None and redis.role is Role.PRIMARY:
+            offset, at = redis.offset, redis.answered
+        elif standing is not None and standing[0] == change.previous:
+            _, offset, at = standing
+        else:
+            return change
+        return dataclasses.replace(change, known_offset=offset, known_age_seconds=max(0.0, began - at))
 
     def _cause(self, loss: Loss) -> str | None:
         """Say how this node's redis has ended: by now supervision has written it down."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from support.sentinels import SECRETS
-from support.situations import NOW, WALL, at, config, primary_redis
+from support.situations import NOW, WALL, at, config, primary_redis, replica_redis
 
 from srd.changes import ChangeKind, RoleChange
 from srd.ha.chronicle import BLIND_SECONDS, HISTORY_TOPIC, Chronicle
@@ -217,6 +217,15 @@ def test_of_a_silent_primary_its_srds_last_word_says_how_far_it_had_come(node: N
     node.losses.note(Loss(ChangeKind.SILENT, at(2), node.now, "it is silent", "redis-1"))
     node.see(at(1), 3)
     assert (node.last.known_offset, node.last.known_age_seconds) == (700, 2.0)
+
+
+def test_a_primary_that_is_back_says_itself_how_far_it_had_come(node: Node) -> None:
+    again = Node(saved=node.history)
+    again.see(at(2), 2, redis=primary_at(again.now, offset=900))
+    assert (again.last.kind, again.last.known_offset, again.last.known_age_seconds) == (ChangeKind.UNSEEN, 900, 0.0)
+    follows = Node(saved=node.history)
+    follows.see(at(2), 2, redis=replica_redis(offset=900))
+    assert (follows.last.kind, follows.last.known_offset) == (ChangeKind.UNSEEN, None)
 
 
 def test_a_switchover_that_came_to_nothing_is_no_reason(node: Node) -> None:
