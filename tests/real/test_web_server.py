@@ -188,7 +188,26 @@ async def test_documents() -> None:
             ("redis-3", "replica", "running"),
         ]
         history = json.loads((await ask(port, "/history"))[2])
-        assert [(change["epoch"], change["node"]) for change in history] == [(3, None)]
+        assert history == [
+            {
+                "epoch": 3,
+                "at_timestamp": 1_699_999_900.0,
+                "from": "192.168.205.11:6379",
+                "to": "192.168.205.10:6379",
+                "node": None,
+                "kind": "crash",
+                "before": False,
+                "cause": "redis has ended: killed by SIGKILL",
+                "by": ["redis-2"],
+                "duration_seconds": 0.5,
+                "write_gap_seconds": 0.6,
+                "lost_bytes": 12,
+                "lost_exactly": False,
+                "known_offset": 5000,
+                "known_age_seconds": 0.25,
+                "taken_offset": 4988,
+            }
+        ]
         assert (await ask(port, "/liveness"))[0] == 200
         status, headers, text = await ask(port, "/metrics")
         assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")

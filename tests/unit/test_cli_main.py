@@ -3,18 +3,20 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
-from support.situations import arbiter_situation, link, primary_situation, replica_situation
+from support.situations import WALL, arbiter_situation, at, link, primary_situation, replica_situation
 
+from srd.changes import ChangeKind, RoleChange
 from srd.cli import main as cli_main
 from srd.cli.output import duration, size
 from srd.control.server import ControlServer
@@ -125,6 +127,52 @@ async def test_other_tables(serve: Serve, tmp_path: Path, verb: str, words: list
         assert [word for word in words if word not in out] == []
     code, out, _ = await ask(serve, situation, tmp_path, verb, "-o", "json")
     assert (code, json.loads(out)["schema"]) == (0, 1)
+
+
+@pytest.mark.parametrize(("options", "shown"), [((), range(5, 25)), (("-n", "2"), range(23, 25)), (("-n", "0"), ())])
+async def test_events_shows_the_last_ones(
+    serve: Serve, tmp_path: Path, options: tuple[str, ...], shown: Sequence[int]
+) -> None:
+    history = tuple(RoleChange(WALL + epoch, epoch, at(1), at(2)) for epoch in range(25))
+    code, out, _ = await ask(serve, primary_situation(history=history), tmp_path, "events", "-o", "json", *options)
+    assert (code, [event["epoch"] for event in json.loads(out)["events"]]) == (0, list(shown))
+
+
+async def test_events_tells_what_is_exact_from_what_is_not(serve: Serve, tmp_path: Path) -> None:
+    history = (
+        RoleChange(WALL, 0, None, at(1), kind=ChangeKind.FIRST),
+        RoleChange(WALL, 1, at(1), at(9), kind=ChangeKind.UNSEEN, before=True),
+        RoleChange(
+            WALL,
+            2,
+            at(9),
+            at(2),
+            kind=ChangeKind.SWITCHOVER,
+            cause="srd switchover",
+            by=("redis-2 (pid 7, uid 0)",),
+            duration_seconds=1.25,
+            gap_seconds=0.012,
+            complete=True,
+        ),
+    )
+    _, out, _ = await ask(serve, primary_situation(history=history), tmp_path, "events")
+    lines = [re.split(r"  +", line) for line in out.splitlines()]
+    moment = lines[1][0]
+    assert lines[1:] == [
+        [moment, "0", "-", "redis-1", "first", "-", "-", "-", "-"],
+        [f"before {moment}", "1", "redis-1", "192.168.205.18:6379", "unseen", "-", "-", "-", "-"],
+        [
+            moment,
+            "2",
+            "192.168.205.18:6379",
+            "redis-2",
+            "switchover",
+            "1.2s",
+            "12ms",
+            "0 B",
+            "srd switchover, by redis-2 (pid 7, uid 0)",
+        ],
+    ]
 
 
 @pytest.mark.parametrize("verb", ["status", "list", "links", "children", "events"])

@@ -53,6 +53,11 @@ def read(text: str, save: str = "") -> Redis:
     )
 
 
+@pytest.mark.parametrize(("text", "offset"), [(PRIMARY, None), (PRIMARY.replace("offset:-1", "offset:31"), 30)])
+def test_a_promoted_redis_knows_up_to_where_it_had_followed(text: str, offset: int | None) -> None:
+    assert read(text).promoted_at_offset == offset
+
+
 def test_a_primary() -> None:
     seen = read(PRIMARY, save="3600 1")
     assert (seen.role, seen.primary, seen.link_up, seen.sync_in_progress) == (Role.PRIMARY, None, False, False)

@@ -16,13 +16,14 @@ from support.situations import (
     with_child,
 )
 
+from srd.changes import ChangeKind, RoleChange
 from srd.conditions import Code, Severity
 from srd.model import Service
 from srd.reconcile import Loop
 from srd.state import Kernel, Situation, View
 from srd.web import health
 from srd.web.catalogue import FAMILIES
-from srd.web.metrics import HttpCounts, Metrics
+from srd.web.metrics import TELLING_SECONDS, HttpCounts, Metrics
 
 ROOT = Path(__file__).parents[2]
 EVERYTHING_COUNTED = HttpCounts(requests={("/primary", 200): 7}, connections=2, refused={"timeout": 1})
@@ -133,6 +134,21 @@ def test_values_of_a_primary() -> None:
     assert value(found, "srd_http_request_duration_seconds_bucket", path="/primary", le="0.001") == 1
     assert value(found, "srd_http_request_duration_seconds_bucket", path="/primary", le="+Inf") == 2
     assert value(found, "srd_http_request_duration_seconds_count", path="/primary") == 2
+
+
+def test_changes_of_primary_are_counted_by_kind_since_srd_started_and_once_they_are_settled() -> None:
+    started, kinds = 700, (ChangeKind.CRASH, ChangeKind.SILENT, ChangeKind.CRASH, ChangeKind.SWITCHOVER)
+    ages = (started + 1, started - 1, TELLING_SECONDS, TELLING_SECONDS - 1)
+    history = tuple(
+        RoleChange(WALL - age, epoch, at(1), at(2), kind=kind)
+        for epoch, (age, kind) in enumerate(zip(ages, kinds, strict=True))
+    )
+    found = samples(rendered(primary_situation(history=history, started=NOW - started)))
+    counted = {kind: value(found, "srd_primary_changes_total", kind=kind) for kind in ChangeKind}
+    assert {kind: number for kind, number in counted.items() if number} == {ChangeKind.SILENT: 1, ChangeKind.CRASH: 1}
+    assert None not in counted.values()
+    assert value(found, "srd_primary_last_change_timestamp_seconds") == WALL - ages[-1]
+    assert value(found, "srd_primary_last_change_duration_seconds", kind="switchover") is None
 
 
 def test_every_sample_bears_cluster_and_node() -> None:
