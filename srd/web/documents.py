@@ -18,7 +18,7 @@ from srd.web.health import Verdict
 Document = dict[str, Any]
 
 _RUNNING: Final = "running"
-# Anybody may ask, and a thousand would keep srd busy for 10 ms; `srd events` has them all.
+# Anybody may ask, and all that are kept would take 5 ms of the event loop each time; `srd events` has them.
 SHOWN_CHANGES: Final = 100
 
 
