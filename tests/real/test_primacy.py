@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import redis.exceptions
-from redis.asyncio import Redis as RawRedis
-from support.primacies import NAMES, Srd, leader, running, settled, watched, writes
-from support.sentinels import Cluster, raw, redis_client, sentinel_client, until, whole
+from support.primacies import NAMES, Srd, leader, running, settled, three, watched, writes, writing
+from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 
 from srd.cluster import DEFAULT_PRIORITY
 from srd.ha.failover import REPLACE_SECONDS
@@ -35,11 +32,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.fixture
 async def srds(cluster: Cluster) -> dict[str, Srd]:
-    """Three that do not run yet, over a cluster that does and whose primary is n1's."""
-    await whole(cluster)
-    made: dict[str, Srd] = {}
-    made.update({name: Srd(cluster, name, made) for name in NAMES})
-    return made
+    return await three(cluster)
 
 
 def show(**figures: float) -> None:
@@ -169,59 +162,6 @@ async def test_what_redis_demands_of_a_write_is_kept_true(cluster: Cluster, srds
                 return (await client.observe()).min_replicas_to_write == 1
 
             await until(kept)
-
-
-class Writer:
-    """An application that writes without a pause, finds the primary by asking who says yes, and keeps its record."""
-
-    def __init__(self, cluster: Cluster, srds: dict[str, Srd], number: int) -> None:
-        self._cluster, self._srds, self._key = cluster, srds, f"writer:{number}"
-        self.acknowledged: list[int] = []
-        self.gap = 0.0
-        self.ends = False  # redis-py loses a cancellation now and then
-
-    async def run(self) -> None:
-        value, last = 0, time.monotonic()
-        client: RawRedis | None = None
-        leading = ""
-        while not self.ends:
-            leader = next((name for name, srd in self._srds.items() if srd.leads()), None)
-            if leader is None:
-                await asyncio.sleep(0.001)
-                continue
-            if leader != leading or client is None:
-                if client is not None:
-                    await client.aclose()
-                client, leading = raw(self._cluster, leader), leader
-            value += 1
-            try:
-                await client.rpush(self._key, value)
-            except redis.exceptions.RedisError:
-                await asyncio.sleep(0)
-                continue
-            now = time.monotonic()
-            self.gap, last = max(self.gap, now - last), now
-            self.acknowledged.append(value)
-        if client is not None:
-            await client.aclose()
-
-    async def lost(self, name: str) -> set[int]:
-        client = raw(self._cluster, name)
-        try:
-            return set(self.acknowledged) - {int(value) for value in await client.lrange(self._key, 0, -1)}
-        finally:
-            await client.aclose()
-
-
-@contextlib.asynccontextmanager
-async def writing(cluster: Cluster, srds: dict[str, Srd], count: int = 4) -> AsyncIterator[list[Writer]]:
-    writers = [Writer(cluster, srds, number) for number in range(count)]
-    async with asyncio.TaskGroup() as group:
-        for writer in writers:
-            group.create_task(writer.run())
-        yield writers
-        for writer in writers:
-            writer.ends = True
 
 
 async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(

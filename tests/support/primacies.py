@@ -12,12 +12,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
+import redis.exceptions
+from redis.asyncio import Redis as RawRedis
+
 from srd.annals import Annals
 from srd.ha.primacy import Primacy
 from srd.model import Body, Endpoint, Paths, RefusedError, Role, Service
 from srd.reconcile import boottime, until_first
 from srd.state import Child, ChildState, Lease, PeerReport, Situation, Store, View
-from support.sentinels import SECRETS, Cluster, raw, sentinel_client, until
+from support.sentinels import SECRETS, Cluster, raw, sentinel_client, until, whole
 
 NAMES = ("n1", "n2", "n3")
 
@@ -113,6 +116,14 @@ async def running(*srds: Srd) -> AsyncIterator[None]:
                 await srd.primacy.close()
 
 
+async def three(cluster: Cluster) -> dict[str, Srd]:
+    """Return three that do not run yet, over a cluster that does from now on and whose primary is n1's."""
+    await whole(cluster)
+    made: dict[str, Srd] = {}
+    made.update({name: Srd(cluster, name, made) for name in NAMES})
+    return made
+
+
 class Watcher:
     """Looks every 5 ms who would say yes, and keeps every moment at which two would."""
 
@@ -173,3 +184,56 @@ async def writes(cluster: Cluster, name: str, seconds: float = 10) -> None:
                 await asyncio.sleep(0.005)
     finally:
         await client.aclose()
+
+
+class Writer:
+    """An application that writes without a pause, finds the primary by asking who says yes, and keeps its record."""
+
+    def __init__(self, cluster: Cluster, srds: dict[str, Srd], number: int) -> None:
+        self._cluster, self._srds, self._key = cluster, srds, f"writer:{number}"
+        self.acknowledged: list[int] = []
+        self.gap = 0.0
+        self.ends = False  # redis-py loses a cancellation now and then
+
+    async def run(self) -> None:
+        value, last = 0, time.monotonic()
+        client: RawRedis | None = None
+        leading = ""
+        while not self.ends:
+            leader = next((name for name, srd in self._srds.items() if srd.leads()), None)
+            if leader is None:
+                await asyncio.sleep(0.001)
+                continue
+            if leader != leading or client is None:
+                if client is not None:
+                    await client.aclose()
+                client, leading = raw(self._cluster, leader), leader
+            value += 1
+            try:
+                await client.rpush(self._key, value)
+            except redis.exceptions.RedisError:
+                await asyncio.sleep(0)
+                continue
+            now = time.monotonic()
+            self.gap, last = max(self.gap, now - last), now
+            self.acknowledged.append(value)
+        if client is not None:
+            await client.aclose()
+
+    async def lost(self, name: str) -> set[int]:
+        client = raw(self._cluster, name)
+        try:
+            return set(self.acknowledged) - {int(value) for value in await client.lrange(self._key, 0, -1)}
+        finally:
+            await client.aclose()
+
+
+@contextlib.asynccontextmanager
+async def writing(cluster: Cluster, srds: dict[str, Srd], count: int = 4) -> AsyncIterator[list[Writer]]:
+    writers = [Writer(cluster, srds, number) for number in range(count)]
+    async with asyncio.TaskGroup() as group:
+        for writer in writers:
+            group.create_task(writer.run())
+        yield writers
+        for writer in writers:
+            writer.ends = True
