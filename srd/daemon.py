@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-import math
 import os
 import signal
 import socket
@@ -26,11 +25,12 @@ from typing import Any, Final
 import structlog
 
 from srd import closing
+from srd.actions import DutyActions, seconds_of
 from srd.cluster import Config
 from srd.conditions import conditions
 from srd.control.server import ControlServer
 from srd.desired import differences, needs_restart
-from srd.duties import Duties, nobody_to_examine
+from srd.duties import Duties
 from srd.ipsec import xfrm
 from srd.ipsec.encap import try_sockets
 from srd.ipsec.exchange import Installer, Unprotected
@@ -39,7 +39,7 @@ from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.listening import Listeners, kept_endpoints
 from srd.members import own_report
-from srd.model import Body, ConfigError, Credentials, Identity, IpsecMode, Paths, RefusedError, Service, SrdError
+from srd.model import Body, ConfigError, Credentials, Identity, IpsecMode, Paths, RefusedError
 from srd.preflight import Cleared, clear
 from srd.protection import PASS_SECONDS, Protection
 from srd.reconcile import Loop, boottime, contained, until_first
@@ -65,7 +65,6 @@ STATUS_SECONDS: Final = 2.0
 KNOWING_SECONDS: Final = 2.0
 KNOWING_LIMIT_SECONDS: Final = 6.0  # with the first look at the children before that
 CLIENTS_RESYNC_SECONDS: Final = 60.0
-LONGEST_WAIT_SECONDS: Final = 86400.0
 # Between the wish to keep the children and the stop that follows; a stop at any other time is not meant by it.
 KEEP_SECONDS: Final = 15.0
 
@@ -180,10 +179,8 @@ class Daemon:
                 actions={
                     "/v1/rekey": partial(self._rekey, keying),
                     "/v1/reload": lambda _: self._reload(keying),
-                    "/v1/restart": self._restart,
                     "/v1/stop": self._end,
-                    "/v1/switchover": self._switch_over,
-                    "/v1/doctor": self._duties.examine if self._duties is not None else nobody_to_examine,
+                    **DutyActions(self._node, self._duties).by_path(),
                 },
             )
             await control.start()
@@ -244,24 +241,9 @@ class Daemon:
         """Answer `srd rekey`: the query names one `peer`, or none for all, and for how many seconds to `wait`."""
         every = [peer.name for peer in self._config.peers_of(self._node.name)]
         peers = [asked["peer"]] if "peer" in asked else every
-        await keying.renew(peers, _seconds(asked.get("wait", "0")))
+        await keying.renew(peers, seconds_of(asked.get("wait", "0")))
         channels = self._store.view().channels
         return {"peers": {name: {"generation": channels[name].generation} for name in peers}}
-
-    async def _restart(self, asked: Mapping[str, str]) -> dict[str, Any]:
-        """Answer `srd restart`: the query names the `child`, how long to `wait` for it, and whether to `force` it."""
-        child = asked.get("child", "")
-        if self._duties is None or child not in set(Service):
-            raise RefusedError("restart", child, f"{self._node.name} runs no such child")
-        seconds = _seconds(asked.get("wait", "60"))
-        return {"pid": await self._duties.restart(Service(child), force=asked.get("force") == "1", seconds=seconds)}
-
-    async def _switch_over(self, asked: Mapping[str, str]) -> dict[str, Any]:
-        """Answer `srd switchover`: the query names the node it goes `to`, or none for the fittest, and a `dry_run`."""
-        if self._duties is None:
-            raise RefusedError("switch over from", self._node.name, "it runs no redis and no sentinel")
-        to, by = asked.get("to"), asked.get("by")
-        return dict(await self._duties.switch_over(to, dry_run=asked.get("dry_run") == "1", by=by))
 
     async def _end(self, asked: Mapping[str, str]) -> dict[str, Any]:
         """Answer `srd stop`: `keep` leaves the children to the next srd.
@@ -396,16 +378,6 @@ class Daemon:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
-        raise SrdError("wait", text, f"it is not a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
-    return seconds
 
 
 def _status_line(situation: Situation) -> str:

@@ -6,7 +6,7 @@ Wires the wings of supervision and of high availability to one another. A client
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from srd.annals import Annals
@@ -155,14 +155,14 @@ class Duties:
             raise TimedOutError("restart", service, reason, "srd children says more") from None
         return view.children[service].pid or 0
 
-    async def examine(self, asked: Mapping[str, str]) -> documents.Document:
+    async def examine(self, *, repair: bool, dry_run: bool) -> documents.Document:
         """Answer `srd doctor`: what is wrong with what the sentinels keep, and with `repair` what was done about it.
 
         With `dry_run` too, what would be done. `RefusedError` when a repair would do harm now.
         """
         done: tuple[str, ...] = ()
-        if asked.get("repair") == "1":
-            mended = await self._doctor.repair(dry_run=asked.get("dry_run") == "1")
+        if repair:
+            mended = await self._doctor.repair(dry_run=dry_run)
             done, seen = mended.done, mended.after
         else:
             seen = await self._doctor.examine()
@@ -224,8 +224,3 @@ class Duties:
         except OSError as error:
             user = self._config.redis.user
             raise SrdError("look into", str(directory), str(error.strerror), f"chown -R {user}: {directory}") from error
-
-
-async def nobody_to_examine(_asked: Mapping[str, str]) -> documents.Document:
-    """Answer `srd doctor` on a node without duties, which has no password of the sentinels."""
-    raise RefusedError("examine", "the sentinels", "this node runs none", "ask one that does")

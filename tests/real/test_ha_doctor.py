@@ -20,6 +20,7 @@ import pytest
 from redis.asyncio import Redis as RawRedis
 from support.sentinels import SECRETS, Cluster, redis_client, sentinel_client, until, whole
 
+from srd.actions import DutyActions
 from srd.cluster import Node
 from srd.control.server import ControlServer
 from srd.duties import Duties
@@ -494,7 +495,9 @@ async def test_the_command_shows_plans_and_mends(cluster: Cluster, tmp_path: Pat
         ask_peer=nobody,
     )
 
-    server = ControlServer(paths.control_socket, duties._situation, version="0", actions={"/v1/doctor": duties.examine})
+    server = ControlServer(
+        paths.control_socket, duties._situation, version="0", actions=DutyActions(node, duties).by_path()
+    )
     await server.start()
     try:
         assert await srd(tmp_path, "doctor") == (0, "nothing is wrong\n")

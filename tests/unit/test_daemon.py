@@ -1,4 +1,4 @@
-"""What of the composition root is pure."""
+"""What of the daemon's start and of what it is asked is pure, or nearly."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 from support.clusters import cluster_toml, make_bundles, paths_of
 
 from srd import closing
-from srd.daemon import _seconds
+from srd.actions import seconds_of
 from srd.model import SrdError
 
 
 @pytest.mark.parametrize("text", ["", "abc", "nan", "inf", "-1", "1e9"])
 def test_a_time_to_wait_is_a_number_within_bounds(text: str) -> None:
     with pytest.raises(SrdError, match="not a number of seconds from 0 to 86400"):
-        _seconds(text)
+        seconds_of(text)
 
 
 def test_the_last_good_file_is_kept_and_a_bad_one_or_a_full_disk_changes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""What the command line may have a node's duties do: by the path on the control socket, with the query as it came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from srd.cluster import Node
+from srd.control.documents import Document
+from srd.control.server import Action
+from srd.duties import Duties
+from srd.model import RefusedError, Service, SrdError
+
+LONGEST_WAIT_SECONDS: Final = 86400.0
+
+
+def seconds_of(text: str) -> float:
+    """Return how long somebody is ready to wait."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
+        raise SrdError("wait", text, f"it is not a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
+    return seconds
+
+
+@dataclass(frozen=True)
+class DutyActions:
+    """The actions of a node; without duties, a client's, each is refused."""
+
+    node: Node
+    duties: Duties | None
+
+    def by_path(self) -> Mapping[str, Action]:
+        """Return what does each."""
+        return {
+            "/v1/restart": self._restart,
+            "/v1/switchover": self._switch_over,
+            "/v1/doctor": self._examine,
+        }
+
+    def _on_duty(self, operation: str, subject: str) -> Duties:
+        if self.duties is None:
+            raise RefusedError(
+                operation, subject, f"{self.node.name} runs no redis and no sentinel", "ask one that does"
+            )
+        return self.duties
+
+    async def _restart(self, asked: Mapping[str, str]) -> Document:
+        """Answer `srd restart`: the query names the `child`, how long to `wait` for it, and whether to `force` it."""
+        child = asked.get("child", "")
+        if child not in set(Service):
+            raise RefusedError("restart", child, f"{self.node.name} runs no such child")
+        duties = self._on_duty("restart", child)
+        seconds = seconds_of(asked.get("wait", "60"))
+        return {"pid": await duties.restart(Service(child), force=_flag(asked, "force"), seconds=seconds)}
+
+    async def _switch_over(self, asked: Mapping[str, str]) -> Document:
+        """Answer `srd switchover`: the query names the node it goes `to`, or none for the fittest, and a `dry_run`."""
+        duties = self._on_duty("switch over from", self.node.name)
+        to, by = asked.get("to"), asked.get("by")
+        return dict(await duties.switch_over(to, dry_run=_flag(asked, "dry_run"), by=by))
+
+    async def _examine(self, asked: Mapping[str, str]) -> Document:
+        """Answer `srd doctor`: the query says whether to `repair`, or with `dry_run` only to say what would be done."""
+        duties = self._on_duty("examine", "the sentinels")
+        return await duties.examine(repair=_flag(asked, "repair"), dry_run=_flag(asked, "dry_run"))
+
+
+def _flag(asked: Mapping[str, str], name: str) -> bool:
+    return asked.get(name) == "1"
