@@ -40,6 +40,8 @@ class DutyActions:
             "/v1/restart": self._restart,
             "/v1/switchover": self._switch_over,
             "/v1/doctor": self._examine,
+            "/v1/drain": self._drain,
+            "/v1/undrain": self._undrain,
         }
 
     def _on_duty(self, operation: str, subject: str) -> Duties:
@@ -68,6 +70,14 @@ class DutyActions:
         """Answer `srd doctor`: the query says whether to `repair`, or with `dry_run` only to say what would be done."""
         duties = self._on_duty("examine", "the sentinels")
         return await duties.examine(repair=_flag(asked, "repair"), dry_run=_flag(asked, "dry_run"))
+
+    async def _drain(self, _asked: Mapping[str, str]) -> Document:
+        """Answer `srd drain`."""
+        return await self._on_duty("drain", self.node.name).drain()
+
+    async def _undrain(self, _asked: Mapping[str, str]) -> Document:
+        """Answer `srd undrain`."""
+        return await self._on_duty("undrain", self.node.name).undrain()
 
 
 def _flag(asked: Mapping[str, str], name: str) -> bool:

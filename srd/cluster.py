@@ -28,6 +28,7 @@ LEASE_SECONDS: Final = 2.0
 MIN_REPLICAS_MAX_LAG: Final = 2
 
 DEFAULT_PRIORITY: Final = 100  # redis' own
+NEVER_PRIORITY: Final = 0  # no sentinel makes it primary
 PREFERRED_PRIORITY: Final = 1  # of the replica that a failover or a switchover is about to make primary
 
 SUITES: Final = {"aes-256-gcm": Suite.AES_256_GCM, "chacha20-poly1305": Suite.CHACHA20_POLY1305}

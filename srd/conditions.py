@@ -47,6 +47,7 @@ class Code(enum.StrEnum):
     WRITES_REFUSED = "writes_refused"
     REPLICA_LINK_DOWN = "replica_link_down"
     CERTIFICATE_EXPIRING = "certificate_expiring"
+    DRAINED = "drained"
 
 
 _SYMPTOMS: Final = {
@@ -77,7 +78,12 @@ class Condition:
 
 def conditions(situation: Situation) -> tuple[Condition, ...]:
     """Derive every condition that holds now, the worst first. Pure: a condition ends when its cause is gone."""
-    found = [*_ipsec_conditions(situation), *_service_conditions(situation), *_cluster_conditions(situation)]
+    found = [
+        *_ipsec_conditions(situation),
+        *_service_conditions(situation),
+        *_cluster_conditions(situation),
+        *_maintenance_conditions(situation),
+    ]
     return tuple(sorted(found, key=lambda condition: (-condition.severity, condition.code, condition.subject)))
 
 
@@ -195,3 +201,12 @@ def _replication_conditions(s: Situation) -> list[Condition]:
         text = f"no link to the primary {redis.primary}" if redis.primary else "it follows nobody"
         found.append(Condition(Code.REPLICA_LINK_DOWN, Severity.WARNING, s.node.name, text))
     return found
+
+
+def _maintenance_conditions(s: Situation) -> list[Condition]:
+    if not s.view.drained:
+        return []
+    text = "no balancer leads anybody new to it, and it is not chosen as primary; srd undrain ends that"
+    if s.view.redis is not None and s.view.redis.role is Role.PRIMARY:
+        text = "it is drained, and primary all the same: nobody new can write; srd switchover moves the primary away"
+    return [Condition(Code.DRAINED, Severity.WARNING, s.node.name, text)]

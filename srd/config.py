@@ -23,6 +23,7 @@ from srd.cluster import (
     KEYING_CLIENT_PORTS,
     KEYING_PORT,
     MIN_REPLICAS_MAX_LAG,
+    NEVER_PRIORITY,
     PREFERRED_PRIORITY,
     Bypass,
     Config,
@@ -180,7 +181,7 @@ class _Checker:
         for version, count in Counter(address.version for address in addresses).items():
             if count > 1:
                 raise self.refuse.at(f"{key}.addresses", f"{count} IPv{version} addresses; one per family at most")
-        return Node(raw.name, raw.kind, addresses, 0 if raw.nofailover else raw.priority)
+        return Node(raw.name, raw.kind, addresses, NEVER_PRIORITY if raw.nofailover else raw.priority)
 
     def _address(self, key: str, text: str) -> IpAddress:
         try:

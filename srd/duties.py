@@ -10,13 +10,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from srd.annals import Annals
-from srd.cluster import Config, Node
+from srd.cluster import NEVER_PRIORITY, Config, Node
 from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.primacy import ENDING_SECONDS, LEAVING_SECONDS, Primacy
 from srd.ha.promotion import AskPeer
 from srd.ha.repair import Doctor
+from srd.maintenance import Maintenance
 from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.state import ChildState, Situation, Store, View, services_of
@@ -35,6 +36,9 @@ DISKS_PASS_SECONDS: Final = 30.0
 
 DOCTOR_RESYNC_SECONDS: Final = 60.0
 DOCTOR_PASS_SECONDS: Final = 10.0
+
+# redis is told of it by the next look at it, which is woken.
+PRIORITY_SECONDS: Final = 3.0
 
 Probe = Callable[[], Coroutine[Any, Any, None]]
 
@@ -72,6 +76,7 @@ class Duties:
             save=annals.save,
         )
         self._doctor = Doctor(config, secrets, store.writer("findings"))
+        self._maintenance = Maintenance(paths, store)
         self._services = Services(
             config=config,
             node=node,
@@ -121,6 +126,34 @@ class Duties:
         """
         name = self._node.name
         return await self._primacy.switch_over(to, dry_run=dry_run, by=f"{name} ({by})" if by else name)
+
+    async def drain(self) -> documents.Document:
+        """Take this node out of service, after the primary was moved away from it; what it answers is `moved`.
+
+        That is None, or what `switch_over` answered. `SrdError` when the primary cannot be moved: nothing was changed.
+        Asked again, it is done again.
+        """
+        if Service.REDIS not in services_of(self._node):
+            reason = "it runs no redis, so nobody is led to it"
+            raise RefusedError("drain", self._node.name, reason)
+        moved = await self._primacy.move_away()
+        await self._maintenance.drain()
+        return {"moved": moved, "known": await self._priority_is_told(lambda priority: priority == NEVER_PRIORITY)}
+
+    async def undrain(self) -> documents.Document:
+        """Take this node into service again."""
+        await self._maintenance.undrain()
+        never = self._config.node(self._node.name).priority == NEVER_PRIORITY
+        return {"known": await self._priority_is_told(lambda priority: never or priority != NEVER_PRIORITY)}
+
+    async def _priority_is_told(self, right: Callable[[int], bool]) -> bool:
+        """Return whether redis, if it runs, tells the sentinels by now whether it may be primary."""
+        self._primacy.look()
+        try:
+            await self._store.wait_for(lambda v: v.redis is None or right(v.redis.priority), PRIORITY_SECONDS)
+        except TimeoutError:
+            return False
+        return True
 
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
         """Answer another node's srd; `RefusedError` says why not."""

@@ -33,6 +33,7 @@ class Member:
     role: Role = Role.UNKNOWN
     version: str | None = None
     lag_bytes: int | None = None
+    drained: bool = False
 
 
 def members(situation: Situation, version: str) -> tuple[Member, ...]:
@@ -54,6 +55,7 @@ def own_report(situation: Situation, version: str) -> PeerReport:
         role=redis.role if redis is not None else Role.UNKNOWN,
         healthy=all(found.severity < Severity.CRITICAL for found in conditions(s)),
         offset=redis.offset if redis is not None else None,
+        drained=s.view.drained,
     )
 
 
@@ -75,4 +77,4 @@ def _member(node: Node, report: PeerReport | None, leading: PeerReport | None) -
     if leading is not None and leading is not report and leading.offset is not None and report.offset is not None:
         lag = max(0, leading.offset - report.offset)
     state = MemberState.RUNNING if report.healthy else MemberState.DEGRADED
-    return Member(node, state, report.role, report.version, lag)
+    return Member(node, state, report.role, report.version, lag, report.drained)

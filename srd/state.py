@@ -131,6 +131,7 @@ class PeerReport:
     role: Role
     healthy: bool
     offset: int | None = None
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +306,8 @@ class View:
     disks: Mapping[str, DiskTrouble] = field(default_factory=dict)
     kept: str | None = None  # where the last copy of redis' files is, from before it followed another primary
     initialized: bool = False
+    # Taken out of service by a person: no balancer leads anybody new here, and nobody makes it primary.
+    drained: bool = False
     started: float = 0.0
 
 

@@ -34,6 +34,8 @@ VERBS: Final[dict[str, Verb]] = {
     "reload": Verb("srd.cli.act:reload_command", "Take a changed bundle in, without a restart."),
     "restart": Verb("srd.cli.act:restart_command", "End a child and start it again."),
     "switchover": Verb("srd.cli.primacy:switchover_command", "Move the primary to another node; no write is lost."),
+    "drain": Verb("srd.cli.maintenance:drain_command", "Take this node out of service; the primary moves away first."),
+    "undrain": Verb("srd.cli.maintenance:undrain_command", "Take this node into service again."),
     "stop": Verb("srd.cli.act:stop_command", "Stop this node, or srd alone and leave its children running."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),

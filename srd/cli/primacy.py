@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import time
+from collections.abc import Mapping
+from typing import Any
 from urllib.parse import urlencode
 
 import click
@@ -35,6 +37,14 @@ def _moment(_ctx: click.Context, _parameter: click.Parameter, value: str | None)
     return moment.timestamp()
 
 
+def moved(done: Mapping[str, Any]) -> str:
+    """Return what a switchover came to, for people."""
+    return (
+        f"{done['to']} is primary instead of {done['from']}: no write was taken for {done['gap_seconds'] * 1000:.0f} ms"
+        f" ({done['seconds']:.1f} s in all)"
+    )
+
+
 @click.command("switchover")
 @click.option("--to", metavar="NODE", help="The node that shall be primary; the fittest one when left out.")
 @click.option("--at", callback=_moment, metavar="TIME", help="Wait until then: 23:30, or 2026-01-31T23:30.")
@@ -56,10 +66,7 @@ def switchover_command(paths: Paths, *, to: str | None, at: float | None, dry_ru
     if dry_run:
         click.echo(f"the primary would move from {done['from']} to {done['to']}")
         return
-    click.echo(
-        f"{done['to']} is primary instead of {done['from']}: no write was taken for {done['gap_seconds'] * 1000:.0f} ms"
-        f" ({done['seconds']:.1f} s in all)"
-    )
+    click.echo(moved(done))
     if not done["named"]:
         reason = "the sentinels do not name it yet"
         raise SrdError("complete", "the switchover", reason, "srd status shows what they name")

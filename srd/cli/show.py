@@ -94,7 +94,7 @@ def _list(document: Document) -> None:
                 member["node"],
                 member["address"],
                 member["role"],
-                member["state"],
+                member["state"] + (", drained" if member["drained"] else ""),
                 lag,
                 protection,
                 cell(member["version"]),

@@ -31,6 +31,7 @@ def status(situation: Situation, version: str) -> Document:
         "uptime_seconds": _seconds(s.now - s.view.started),
         "health": _health(conditions(s)),
         "role": _own_role(s),
+        "drained": s.view.drained,
         "primary": _primary(s),
         "lease": _lease(s),
         "links": _link_counts(s),
@@ -197,6 +198,7 @@ def _member(s: Situation, member: Member) -> Document:
         "role": member.role if node.kind is NodeKind.REDIS else node.kind,
         "version": member.version,
         "lag_bytes": member.lag_bytes,
+        "drained": member.drained,
         "link": None
         if node == s.node
         else {

@@ -28,7 +28,7 @@ from typing import Final
 
 import structlog
 
-from srd.cluster import MIN_REPLICAS_MAX_LAG, PREFERRED_PRIORITY, Config, Node
+from srd.cluster import MIN_REPLICAS_MAX_LAG, NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
 from srd.ha.fleet import C, Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
 from srd.ha.sentinel import OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
@@ -217,9 +217,11 @@ async def _know(sentinels: Mapping[str, SentinelClient], preferred: Endpoint) ->
 def most_advanced(said: Mapping[str, Redis]) -> str | None:
     """Return the replica that is to be preferred: the one that has most of one history. None if all have the same.
 
-    Replicas of different histories (another replication id) cannot be compared: the sentinels choose among them.
+    Replicas of different histories (another replication id) cannot be compared: the sentinels choose among them. One
+    that is never to be primary, being drained say, does not become it by having most.
     """
     replicas = {name: redis for name, redis in said.items() if redis.role is Role.REPLICA and not redis.loading}
+    replicas = {name: redis for name, redis in replicas.items() if redis.priority != NEVER_PRIORITY}
     if len({redis.replid for redis in replicas.values()}) != 1 or len({r.offset for r in replicas.values()}) < 2:  # noqa: PLR2004
         return None
     return max(sorted(replicas), key=lambda name: replicas[name].offset)

@@ -19,7 +19,7 @@ from typing import Final
 
 import structlog
 
-from srd.cluster import PREFERRED_PRIORITY, Config, Node
+from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
 from srd.ha.lease import Tenure, assess, endpoint_of, fresh
 from srd.ha.redis import RedisClient
@@ -178,10 +178,12 @@ class Observer:
         self._write_redis(seen)
         self._publish()
         if seen is not None and self.redis is not None:
-            wanted = self._config.node(self._node.name).priority
-            # One that a failover has set may be needed; any other is an old file's.
+            drained = self._store.view().drained
+            wanted = NEVER_PRIORITY if drained else self._config.node(self._node.name).priority
+            # One that a failover has set may be needed, but of a drained node; any other is an old file's.
+            tolerated = (wanted,) if drained else (wanted, PREFERRED_PRIORITY)
             if self._preferred.is_due(differs=seen.priority != wanted, now=self._clock()) or (
-                seen.priority not in (wanted, PREFERRED_PRIORITY)
+                seen.priority not in tolerated
             ):
                 await self.redis.keep_priority(wanted)
 

@@ -252,6 +252,21 @@ class Primacy:
             log.warning("stopping as the primary", why=str(error))
         await self.farewell()
 
+    async def move_away(self) -> Body | None:
+        """Move the primary to the fittest other node if it is here; return what `switch_over` does, None if it is not.
+
+        `SrdError` says why it stays.
+        """
+        s = self._situation()
+        own, redis = endpoint_of(s.config, s.node), s.view.redis
+        named = s.view.lease.primary if s.view.lease is not None else None
+        if named == own:
+            return await self.switch_over(None, dry_run=False, by=f"{s.node.name} (srd drain)")
+        if redis is not None and redis.role is Role.PRIMARY:
+            reason = f"its redis is primary, and the sentinels name {named or 'no one primary'}"
+            raise RefusedError("move the primary from", s.node.name, reason, "srd status says more")
+        return None
+
     async def _switch_all(self, switchover: Switchover) -> None:
         """Do the switchovers that are asked for, one at a time."""
         while True:

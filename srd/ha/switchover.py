@@ -83,6 +83,8 @@ def obstacles(s: Situation, successor: Node) -> list[str]:
         found.append(f"the srd of {name} is not heard")
     elif not report.healthy:
         found.append(f"{name} says that it does not do its job")
+    if report is not None and report.drained:
+        found.append(f"{name} is drained")
     replica = next((r for r in redis.replicas if r.endpoint == endpoint), None) if redis is not None else None
     if replica is None or replica.state != "online" or redis is None:
         found.append(f"the redis of {name} is no replica that is in step")

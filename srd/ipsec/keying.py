@@ -351,7 +351,9 @@ class Keying:
 
     def _beat(self, wants_keys: bool) -> Beat:  # noqa: FBT001 - a callback's one argument
         mine = self._report()
-        return Beat(mine.version, mine.initialized, mine.role, mine.healthy, mine.offset, wants_keys)
+        return Beat(
+            mine.version, mine.initialized, mine.role, mine.healthy, mine.offset, wants_keys, drained=mine.drained
+        )
 
     def _heard(self, peer: Node, beat: Beat) -> None:
         try:
@@ -366,6 +368,7 @@ class Keying:
             role=role,
             healthy=beat.healthy,
             offset=beat.offset,
+            drained=beat.drained,
         )
         self._reports = {**self._reports, peer.name: report}
         self._write_reports(self._reports)

@@ -124,6 +124,7 @@ class Beat(Message, frozen=True):
     healthy: bool
     offset: int | None
     wants_keys: bool
+    drained: bool = False
 
 
 class Ask(Message, frozen=True):

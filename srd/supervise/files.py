@@ -70,6 +70,15 @@ def write_private(path: Path, content: bytes, owner: Owner | None = None) -> Non
         raise SrdError("write", str(path), error.strerror or str(error)) from error
 
 
+def remove_own(path: Path) -> None:
+    """Remove a file of srd's own, from the disk too before this returns; one that is not there is no error."""
+    try:
+        path.unlink(missing_ok=True)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise SrdError("remove", str(path), error.strerror or str(error)) from error
+
+
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

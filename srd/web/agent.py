@@ -87,9 +87,13 @@ UNKNOWN_QUESTION: Final = Answer(Word.DOWN, reason="unknown question")
 
 
 def answer(question: Question, situation: Situation) -> Answer:
-    """Return what is true of this node at this moment. Pure."""
+    """Return what is true of this node at this moment. Pure.
+
+    One that is drained and could do it otherwise keeps the clients that it has.
+    """
     verdict = health.judge(f"/{question}", {}, situation)
-    return Answer(Word.UP if verdict.ok else Word.DOWN, verdict.error_code, verdict.description)
+    word = Word.DRAIN if verdict.error_code is ErrorCode.DRAINED else Word.UP if verdict.ok else Word.DOWN
+    return Answer(word, verdict.error_code, verdict.description)
 
 
 @dataclass(frozen=True, slots=True)

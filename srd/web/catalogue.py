@@ -40,6 +40,7 @@ _DAEMON: Final = (
     _gauge("srd_loop_consecutive_failures", "How many passes of a control loop have failed in a row.", "loop"),
     _gauge("srd_condition", "How many subjects a condition holds for; absent when none.", "code", "severity"),
     _gauge("srd_health_status", "Whether a check of :8080 would answer 200.", "check"),
+    _gauge("srd_drained", "Whether a person has taken this node out of service."),
 )
 _CHILDREN: Final = (
     _gauge("srd_child_up", "Whether a child is ready.", "service"),

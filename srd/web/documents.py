@@ -44,6 +44,7 @@ def node_document(situation: Situation, version: str) -> Document:
     return {
         "state": _state(s),
         "role": s.view.redis.role if s.view.redis is not None else Role.UNKNOWN,
+        "drained": s.view.drained,
         "redis": _redis(s.view.redis) if s.view.redis is not None else None,
         "replication": _replication(s),
         "lag_bytes": health.lag_bytes(s),
@@ -214,4 +215,5 @@ def _member(s: Situation, member: Member) -> Document:
         "role": member.role,
         "state": member.state,
         "lag": member.lag_bytes,
+        "drained": member.drained,
     }

@@ -44,6 +44,7 @@ class ErrorCode(enum.StrEnum):
     REPLICA_LINK_DOWN = "replica_link_down"
     REPLICA_SYNCING = "replica_syncing"
     REPLICA_LAGGING = "replica_lagging"
+    DRAINED = "drained"
     BAD_REQUEST = "bad_request"
 
 
@@ -89,6 +90,7 @@ def primary(situation: Situation, _query: Query = NO_QUERY) -> Verdict:
         or _ipsec(situation)
         or _fence(situation)
         or _lease(situation)
+        or _drained(situation)
     )
     return refusal or Verdict(OK, f"{situation.node.name} is the primary, and a majority of the sentinels says so")
 
@@ -112,6 +114,7 @@ def replica(situation: Situation, query: Query = NO_QUERY) -> Verdict:
         or _ipsec(situation)
         or _replication(situation)
         or _lag(situation, query)
+        or _drained(situation)
     )
     return refusal or Verdict(OK, f"{situation.node.name} is a replica in step with the primary")
 
@@ -290,6 +293,11 @@ def _ipsec(s: Situation) -> Verdict | None:
 
 def _fence(s: Situation) -> Verdict | None:
     return _no(ErrorCode.FENCED, "it takes no writes, as another may be primary by now") if s.view.fenced else None
+
+
+def _drained(s: Situation) -> Verdict | None:
+    """The last thing to be looked at: with this word the node could do it, and is not to be asked to."""
+    return _no(ErrorCode.DRAINED, f"{s.node.name} is drained: it takes nobody new") if s.view.drained else None
 
 
 def _lease(s: Situation) -> Verdict | None:

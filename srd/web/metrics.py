@@ -129,6 +129,7 @@ class Metrics(Collector):
         yield from _condition_samples(s)
         for path in sorted(health.CHECK_PATHS - health.ALIASES):
             yield "srd_health_status", (path.removeprefix("/"),), health.judge(path, {}, s).ok
+        yield "srd_drained", (), s.view.drained
         yield from _child_samples(s, self._stamps)
         if s.node.kind is NodeKind.REDIS:
             yield from _role_samples(s)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 
 import redis.exceptions
@@ -40,6 +41,7 @@ class Srd:
         self.kept = 0
         self.write_children = self.store.writer("children")
         self.write_peers = self.store.writer("peers")
+        self.write_drained = self.store.writer("drained")
         self.alive()
         self.primacy = Primacy(
             cluster.config,
@@ -70,6 +72,7 @@ class Srd:
         known, redis = self.store.view().peers, other.store.view().redis
         role, offset = (redis.role, redis.offset) if redis is not None else (Role.UNKNOWN, None)
         word = PeerReport(other.name, boottime(), "0", initialized=True, role=role, healthy=True, offset=offset)
+        word = replace(word, drained=other.store.view().drained)
         self.write_peers({**known, other.name: word})
 
     def alive(self) -> None:

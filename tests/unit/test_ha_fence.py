@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srd.cluster import LEASE_SECONDS, Config, Node
+from srd.cluster import LEASE_SECONDS, NEVER_PRIORITY, Config, Node
 from srd.config import parse_config
 from srd.ha.custody import Custody
 from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, most_advanced, replaceable_at
@@ -174,6 +174,9 @@ def test_the_replica_that_has_most_is_preferred_if_they_differ() -> None:
     assert most_advanced({"n2": replica(7), "n3": replica(9, replid="b" * 40)}) is None, "other histories"
     assert most_advanced({"n2": replica(7), "n3": replica(9), "n4": replica(11, loading=True)}) == "n3"
     assert most_advanced({"n1": PRIMARY, "n2": replica(7), "n3": replica(6)}) == "n2"
+    drained = replica(11, priority=NEVER_PRIORITY)
+    assert most_advanced({"n2": replica(7), "n3": replica(9), "n4": drained}) == "n3"
+    assert most_advanced({"n2": replica(9), "n4": drained}) is None
 
 
 def test_a_stray_setting_is_tolerated_for_as_long_as_it_may_be_needed() -> None:

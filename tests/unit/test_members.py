@@ -56,6 +56,15 @@ def test_a_node_that_does_not_do_its_job_says_so_of_itself_and_of_a_peer() -> No
     assert [state for _, state, _, _ in rows(broken)] == ["degraded", "degraded", "running"]
 
 
+def test_drained_nodes_are_known_by_their_own_word() -> None:
+    whole = primary_situation(drained=True)
+    peers = {**whole.view.peers, "redis-3": replace(whole.view.peers["redis-3"], drained=True)}
+    known = replace(whole, view=replace(whole.view, peers=peers))
+    assert [member.drained for member in members(known, "0.1.0")] == [True, False, True]
+    for listed in (control.members(known, "0.1.0"), web.cluster_document(known, "0.1.0")):
+        assert [member["drained"] for member in listed["members"]] == [True, False, True]
+
+
 def test_both_faces_show_the_same() -> None:
     situation = behind(replica_situation(), "redis-3", 7)
     known: tuple[Member, ...] = members(situation, "0.1.0")

@@ -234,3 +234,10 @@ async def test_waiting_ends_with_the_change_that_was_waited_for() -> None:
 async def test_waiting_has_an_end() -> None:
     with pytest.raises(TimeoutError):
         await Store(0.0).wait_for(lambda view: view.initialized, 0.01)
+
+
+def test_a_drained_node_is_shown_and_one_that_is_primary_all_the_same_more_urgently() -> None:
+    (found,) = conditions(seen(replica_situation(), drained=True))
+    assert (found.code, found.severity, found.subject) == (Code.DRAINED, Severity.WARNING, "redis-1")
+    (still,) = conditions(seen(primary_situation(), drained=True))
+    assert "primary all the same" in still.text

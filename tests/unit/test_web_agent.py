@@ -46,8 +46,20 @@ def test_another_reason_is_no_new_answer() -> None:
     assert answers[0] == answers[1] == answers[2] != answer(Question.PRIMARY, primary_situation())
 
 
-def test_a_drained_server_takes_no_new_clients() -> None:
-    assert Answer(Word.DRAIN, reason="by operator").line == b"drain # by operator\n"
+def test_a_drained_node_keeps_the_clients_that_it_has_and_takes_no_new_ones() -> None:
+    kept = b"drain # drained: redis-1 is drained: it takes nobody new\n"
+    primary, replica = primary_situation(drained=True), replica_situation(drained=True)
+    assert answer(Question.PRIMARY, primary).line == answer(Question.REPLICA, replica).line == kept
+    assert answer(Question.PRIMARY, replica).line == b"down # wrong_role: the role is replica\n"
+    assert answer(Question.REPLICA, primary).line == b"down # wrong_role: the role is primary\n"
+
+
+def test_a_drained_node_that_could_serve_nobody_is_down() -> None:
+    broken = with_child(replica_situation(drained=True), Service.STUNNEL, state=ChildState.STOPPING)
+    assert answer(Question.REPLICA, broken).line == b"down # stunnel_down: stunnel is stopping\n"
+
+
+def test_what_nobody_asks_for_is_down() -> None:
     assert UNKNOWN_QUESTION.line == b"down # unknown question\n"
 
 

@@ -286,3 +286,24 @@ def test_primary_is_200_only_with_every_proof(
 def test_a_node_that_has_just_started_says_so_on_every_path(path: str) -> None:
     bare = replace(primary_situation(), view=View(started=NOW))
     assert answer(path, bare) == (503, "wrong_role" if path == "/standby-leader" else "starting")
+
+
+@pytest.mark.parametrize(
+    ("path", "primary", "replica"),
+    [
+        ("/primary", (503, "drained"), (503, "wrong_role")),
+        ("/replica", (503, "wrong_role"), (503, "drained")),
+        ("/read-only", (503, "drained"), (503, "drained")),
+        ("/readiness", (503, "drained"), (503, "drained")),
+        ("/leader", OK, (503, "sentinel_disagrees")),
+        ("/health", OK, OK),
+    ],
+)
+def test_a_drained_node_does_its_job_and_is_led_nobody_to(path: str, primary: object, replica: object) -> None:
+    assert answer(path, primary_situation(drained=True)) == primary
+    assert answer(path, replica_situation(drained=True)) == replica
+
+
+def test_what_else_is_wrong_with_a_drained_node_is_said_first() -> None:
+    down = with_child(replica_situation(drained=True), Service.STUNNEL, state=ChildState.BACKOFF)
+    assert answer("/replica", down) == (503, "stunnel_down")
