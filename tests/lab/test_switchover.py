@@ -8,16 +8,9 @@ import signal
 import statistics
 from pathlib import Path
 
-from support.lab import Lab, outcome, writer
+from support.lab import Lab, kept, outcome, writer
 
 SWITCHOVERS = int(os.environ.get("LAB_SWITCHOVERS", "4"))
-COUNT_KEYS = "local n = 0 for i = 0, ARGV[2] - 1 do n = n + redis.call('exists', ARGV[1] .. i) end return n"
-
-
-def kept(lab: Lab, done: dict[str, object]) -> int:
-    """Return how many of a writer's acknowledged writes the primary has."""
-    counted = ("eval", COUNT_KEYS, "0", str(done["prefix"]), str(done["acknowledged"]))
-    return int(lab.on("client", "redis-cli", *counted).stdout)
 
 
 def test_the_primary_is_moved_without_losing_a_write(lab: Lab) -> None:

@@ -27,6 +27,9 @@ FAMILIES = (4, 6)  # of addresses that every station has
 # The lab has one slow CPU: what takes a second elsewhere may take ten.
 PATIENCE_SECONDS = 120.0
 BETWEEN_SECONDS = 0.5
+COUNT_KEYS = "local n = 0 for i = ARGV[2], ARGV[3] - 1 do n = n + redis.call('exists', ARGV[1] .. i) end return n"
+# A script holds redis up, on the lab's slow CPU for long enough to lose the lease and with it this very connection.
+COUNTED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,18 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
     """Return what a writer has counted."""
     output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     return json.loads(output)
+
+
+def kept(lab: Lab, done: dict[str, Any]) -> int:
+    """Return how many of a writer's acknowledged writes the primary has."""
+    found = 0
+    for first in range(0, done["acknowledged"], COUNTED_AT_ONCE):
+        last = min(first + COUNTED_AT_ONCE, done["acknowledged"])
+        counted = ("eval", COUNT_KEYS, "0", done["prefix"], str(first), str(last))
+        said = lab.on("client", "redis-cli", *counted, check=False)
+        assert said.returncode == 0, f"{said.stdout}{said.stderr}; {lab.conditions()}"
+        found += int(said.stdout)
+    return found
 
 
 def capturing() -> Path:
