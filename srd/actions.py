@@ -11,19 +11,19 @@ from srd.cluster import Node
 from srd.control.documents import Document
 from srd.control.server import Action
 from srd.duties import Duties
-from srd.model import RefusedError, Service, SrdError
+from srd.model import LONGEST_PAUSE_SECONDS, RefusedError, Service, SrdError
 
 LONGEST_WAIT_SECONDS: Final = 86400.0
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, longest: float = LONGEST_WAIT_SECONDS) -> float:
     """Return how long somebody is ready to wait."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 <= seconds <= LONGEST_WAIT_SECONDS:
-        raise SrdError("wait", text, f"it is not a number of seconds from 0 to {LONGEST_WAIT_SECONDS:g}")
+    if not 0 <= seconds <= longest:
+        raise SrdError("wait", text, f"it is not a number of seconds from 0 to {longest:g}")
     return seconds
 
 
@@ -42,6 +42,7 @@ class DutyActions:
             "/v1/doctor": self._examine,
             "/v1/drain": self._drain,
             "/v1/undrain": self._undrain,
+            "/v1/pause": self._pause,
         }
 
     def _on_duty(self, operation: str, subject: str) -> Duties:
@@ -78,6 +79,11 @@ class DutyActions:
     async def _undrain(self, _asked: Mapping[str, str]) -> Document:
         """Answer `srd undrain`."""
         return await self._on_duty("undrain", self.node.name).undrain()
+
+    async def _pause(self, asked: Mapping[str, str]) -> Document:
+        """Answer `srd pause` and `srd resume`: the query says for how many `seconds`, 0 to end it."""
+        seconds = seconds_of(asked.get("seconds", ""), LONGEST_PAUSE_SECONDS)
+        return await self._on_duty("pause", self.node.name).pause(seconds)
 
 
 def _flag(asked: Mapping[str, str], name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 from dataclasses import dataclass
 from typing import Final
@@ -48,13 +49,15 @@ class Code(enum.StrEnum):
     REPLICA_LINK_DOWN = "replica_link_down"
     CERTIFICATE_EXPIRING = "certificate_expiring"
     DRAINED = "drained"
+    PAUSED = "paused"
 
 
+# What is the matter, and what srd does about it.
 _SYMPTOMS: Final = {
-    Symptom.SLOW: "no answer: it is slow, on the CPU or waiting for a disk; srd waits",
-    Symptom.HUNG: "no answer: it hangs; srd ends it and starts it again",
-    Symptom.STOPPED: "no answer: it was stopped by a signal; srd continues it",
-    Symptom.TRACED: "no answer: a debugger holds it; srd waits",
+    Symptom.SLOW: ("it is slow, on the CPU or waiting for a disk", "srd waits"),
+    Symptom.HUNG: ("it hangs", "srd ends it and starts it again"),
+    Symptom.STOPPED: ("it was stopped by a signal", "srd continues it"),
+    Symptom.TRACED: ("a debugger holds it", "srd waits"),
 }
 
 
@@ -129,7 +132,9 @@ def _service_conditions(s: Situation) -> list[Condition]:
         if child is not None and child.state is ChildState.READY:
             continue
         if child is not None and child.symptom is not None:
-            found.append(Condition(Code.CHILD_SILENT, Severity.CRITICAL, service, _SYMPTOMS[child.symptom]))
+            matter, remedy = _SYMPTOMS[child.symptom]
+            text = f"no answer: {matter}; {'srd is paused, and waits' if s.paused else remedy}"
+            found.append(Condition(Code.CHILD_SILENT, Severity.CRITICAL, service, text))
         elif child is not None and child.waiting_for:
             found.append(Condition(Code.CHILD_WAITING, Severity.CRITICAL, service, f"waits: {child.waiting_for}"))
         else:
@@ -204,9 +209,14 @@ def _replication_conditions(s: Situation) -> list[Condition]:
 
 
 def _maintenance_conditions(s: Situation) -> list[Condition]:
-    if not s.view.drained:
-        return []
-    text = "no balancer leads anybody new to it, and it is not chosen as primary; srd undrain ends that"
-    if s.view.redis is not None and s.view.redis.role is Role.PRIMARY:
-        text = "it is drained, and primary all the same: nobody new can write; srd switchover moves the primary away"
-    return [Condition(Code.DRAINED, Severity.WARNING, s.node.name, text)]
+    found = []
+    if s.view.drained:
+        text = "no balancer leads anybody new to it, and it is not chosen as primary; srd undrain ends that"
+        if s.view.redis is not None and s.view.redis.role is Role.PRIMARY:
+            text = "it is drained, and primary all the same: nobody new can write; srd switchover moves it away"
+        found.append(Condition(Code.DRAINED, Severity.WARNING, s.node.name, text))
+    if s.paused:
+        until = f"{dt.datetime.fromtimestamp(s.view.pause.until, dt.UTC):%Y-%m-%d %H:%M} UTC"
+        text = f"until {until} srd hurries no failover and starts nothing again; srd resume ends that"
+        found.append(Condition(Code.PAUSED, Severity.WARNING, s.config.cluster, text))
+    return found

@@ -8,7 +8,7 @@ source port would reach redis in plaintext.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -209,10 +209,13 @@ def differences(old: Config, new: Config) -> dict[str, list[str] | bool]:
     }
 
 
-def services(situation: Situation, start: Start) -> Mapping[Service, Wanted]:
+def services(
+    situation: Situation, start: Start, by_hand: Collection[Service] = frozenset()
+) -> Mapping[Service, Wanted]:
     """Return which children ought to run: policies, then keys with a majority, then redis, sentinel, stunnel.
 
-    A service that runs goes on running when a peer is lost: only its start waits.
+    A service that runs goes on running when a peer is lost: only its start waits. During a pause, what has ended is
+    started `by_hand` alone; what this srd has not seen end is started, for a person has started the machine, or srd.
     """
     wanted: dict[Service, Wanted] = {}
     blocked = _unprotected(situation)
@@ -220,6 +223,8 @@ def services(situation: Situation, start: Start) -> Mapping[Service, Wanted]:
         child = situation.view.children.get(service)
         if child is not None and child.state in (ChildState.STARTING, ChildState.READY, ChildState.DEGRADED):
             wanted[service] = Wanted(run=True)
+        elif situation.paused and child is not None and child.last_exit is not None and service not in by_hand:
+            wanted[service] = Wanted(run=False, waiting_for="the end of the pause: srd resume, or srd restart")
         elif blocked:
             wanted[service] = Wanted(run=False, waiting_for=blocked)
         else:

@@ -17,7 +17,7 @@ from srd.ha import restart
 from srd.ha.primacy import ENDING_SECONDS, LEAVING_SECONDS, Primacy
 from srd.ha.promotion import AskPeer
 from srd.ha.repair import Doctor
-from srd.maintenance import Maintenance
+from srd.maintenance import PAUSE_TOPIC, Maintenance
 from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.state import ChildState, Situation, Store, View, services_of
@@ -36,6 +36,10 @@ DISKS_PASS_SECONDS: Final = 30.0
 
 DOCTOR_RESYNC_SECONDS: Final = 60.0
 DOCTOR_PASS_SECONDS: Final = 10.0
+
+# As often as a heartbeat comes, which may say something new of it.
+PAUSE_RESYNC_SECONDS: Final = 1.0
+PAUSE_PASS_SECONDS: Final = 10.0
 
 # redis is told of it by the next look at it, which is woken.
 PRIORITY_SECONDS: Final = 3.0
@@ -76,7 +80,7 @@ class Duties:
             save=annals.save,
         )
         self._doctor = Doctor(config, secrets, store.writer("findings"))
-        self._maintenance = Maintenance(paths, store)
+        self._maintenance = Maintenance(paths, store, ask_peer)
         self._services = Services(
             config=config,
             node=node,
@@ -96,7 +100,8 @@ class Duties:
         look = Disks(paths, store.writer("disks"), self._services.retry).reconcile
         disks = Loop("disks", look, resync=DISKS_RESYNC_SECONDS, timeout=DISKS_PASS_SECONDS)
         doctor = Loop("doctor", self._doctor.watch, resync=DOCTOR_RESYNC_SECONDS, timeout=DOCTOR_PASS_SECONDS)
-        self.bodies = (*self._primacy.bodies, self._services.run, self._loop.run, disks.run, doctor.run)
+        learn = Loop("pause", self._learn, resync=PAUSE_RESYNC_SECONDS, timeout=PAUSE_PASS_SECONDS)
+        self.bodies = (*self._primacy.bodies, self._services.run, self._loop.run, disks.run, doctor.run, learn.run)
         self.loops = (*self._primacy.loops, self._loop)
 
     async def ready(self) -> None:
@@ -155,8 +160,25 @@ class Duties:
             return False
         return True
 
+    async def pause(self, seconds: float) -> documents.Document:
+        """Pause every srd of the cluster for so long, or with 0 end that; return who knows, and why others do not."""
+        s = self._situation()
+        told = await self._maintenance.pause(seconds, s)
+        missed = {name: reason for name, reason in told.items() if reason is not None}
+        return {"until_timestamp": self._view().pause.until, "told": sorted(told.keys() - missed), "missed": missed}
+
+    async def _learn(self) -> None:
+        await self._maintenance.learn(self._situation())
+
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
-        """Answer another node's srd; `RefusedError` says why not."""
+        """Answer another node's srd; `RefusedError` says why not.
+
+        A client is a member of the mesh and no part of the cluster: its certificate is an application's.
+        """
+        if not any(voter.name == peer for voter in self._config.voters):
+            raise RefusedError("answer", topic, f"{peer} is a client, which has no say here")
+        if topic == PAUSE_TOPIC:
+            return await self._maintenance.told(body, self._situation())
         return await self._primacy.answer(peer, topic, body)
 
     async def restart(self, service: Service, *, force: bool, seconds: float) -> int:

@@ -56,6 +56,7 @@ def own_report(situation: Situation, version: str) -> PeerReport:
         healthy=all(found.severity < Severity.CRITICAL for found in conditions(s)),
         offset=redis.offset if redis is not None else None,
         drained=s.view.drained,
+        pause=s.view.pause,
     )
 
 

@@ -244,3 +244,31 @@ class Credentials:
     certificate: bytes
     key: Secret
     authority: bytes
+
+
+# A pause is for work that somebody does, and ends by itself, so that nobody forgets it for ever.
+LONGEST_PAUSE_SECONDS: Final = 7 * 86400.0
+CLOCK_TOLERANCE_SECONDS: Final = 3600.0  # between two nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Until when (Unix seconds, 0: not at all) a person wants srd to do nothing by itself, on any node.
+
+    Of two wishes the one with the greater `number` counts: the Unix second in which it was said, or one more than that
+    of the last one that was known.
+    """
+
+    number: int = 0
+    until: float = 0.0
+
+    def holds(self, wall_clock: float) -> bool:
+        """Whether it is that time."""
+        return self.until > wall_clock and self.is_possible(wall_clock)
+
+    def is_possible(self, wall_clock: float) -> bool:
+        """Whether it ends as soon as any pause does; otherwise a clock was, or is, wrong, and it does not count."""
+        return self.until <= wall_clock + LONGEST_PAUSE_SECONDS + CLOCK_TOLERANCE_SECONDS
+
+
+NO_PAUSE: Final = Pause()

@@ -15,7 +15,7 @@ from typing import Any
 
 from srd.changes import RoleChange
 from srd.cluster import Config, Node
-from srd.model import Endpoint, IpAddress, NodeKind, Role, Service, Suite
+from srd.model import NO_PAUSE, Endpoint, IpAddress, NodeKind, Pause, Role, Service, Suite
 
 
 class ChildState(enum.StrEnum):
@@ -132,6 +132,7 @@ class PeerReport:
     healthy: bool
     offset: int | None = None
     drained: bool = False
+    pause: Pause = NO_PAUSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +309,7 @@ class View:
     initialized: bool = False
     # Taken out of service by a person: no balancer leads anybody new here, and nobody makes it primary.
     drained: bool = False
+    pause: Pause = NO_PAUSE
     started: float = 0.0
 
 
@@ -367,6 +369,11 @@ class Situation:
     view: View
     now: float
     wall_clock: float = field(default=0.0)
+
+    @property
+    def paused(self) -> bool:
+        """Whether a person wants srd to do nothing by itself now."""
+        return self.view.pause.holds(self.wall_clock)
 
 
 def services_of(node: Node) -> tuple[Service, ...]:

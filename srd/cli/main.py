@@ -36,6 +36,8 @@ VERBS: Final[dict[str, Verb]] = {
     "switchover": Verb("srd.cli.primacy:switchover_command", "Move the primary to another node; no write is lost."),
     "drain": Verb("srd.cli.maintenance:drain_command", "Take this node out of service; the primary moves away first."),
     "undrain": Verb("srd.cli.maintenance:undrain_command", "Take this node into service again."),
+    "pause": Verb("srd.cli.maintenance:pause_command", "Have no srd do anything by itself, for a time."),
+    "resume": Verb("srd.cli.maintenance:resume_command", "End a pause."),
     "stop": Verb("srd.cli.act:stop_command", "Stop this node, or srd alone and leave its children running."),
     "events": Verb("srd.cli.show:events_command", "Show the changes of primary."),
     "logs": Verb("srd.cli.logs:logs_command", "Show what the child programs wrote."),

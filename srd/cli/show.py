@@ -101,6 +101,9 @@ def _list(document: Document) -> None:
             ]
         )
     print_table(["NODE", "ADDRESS", "ROLE", "STATE", "LAG", "LINK", "SRD"], rows)
+    if document["paused_until_timestamp"] is not None:
+        until = time.strftime("%Y-%m-%d %H:%M", time.localtime(document["paused_until_timestamp"]))
+        click.echo(f"paused until {until}")
 
 
 def _link_word(link: Document) -> str:

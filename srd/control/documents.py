@@ -32,6 +32,7 @@ def status(situation: Situation, version: str) -> Document:
         "health": _health(conditions(s)),
         "role": _own_role(s),
         "drained": s.view.drained,
+        "paused_until_timestamp": s.view.pause.until if s.paused else None,
         "primary": _primary(s),
         "lease": _lease(s),
         "links": _link_counts(s),
@@ -47,6 +48,7 @@ def members(situation: Situation, version: str) -> Document:
     """Return every node of the cluster as this one knows it."""
     return _head(situation) | {
         "primary": _primary(situation),
+        "paused_until_timestamp": situation.view.pause.until if situation.paused else None,
         "members": [_member(situation, member) for member in known_members(situation, version)],
     }
 

@@ -116,6 +116,8 @@ class Failover:
     async def watch(self) -> None:
         """One pass: have a primary replaced that is silent, if it is time."""
         s = self._situation()
+        if s.paused:
+            return
         named = s.view.lease.primary if s.view.lease is not None else None
         node = s.config.node_at(named.address) if named is not None else None
         if node is None or node == s.node or named != endpoint_of(s.config, node):
@@ -137,7 +139,13 @@ class Failover:
         await sentinel.look_every(SELDOM_MILLISECONDS, STEP_SECONDS)
 
     async def replace(self, primary: Node, why: str) -> None:
-        """Have the sentinels elect another primary now; return when they have chosen one, or when they do not."""
+        """Have the sentinels elect another primary now; return when they have chosen one, or when they do not.
+
+        During a pause it is left to them, who know of no pause.
+        """
+        if self._situation().paused:
+            log.warning("leaving it to the sentinels", primary=primary.name, why="srd is paused")
+            return
         config, now = self._fleet.config, boottime()
         endpoint = endpoint_of(config, primary)
         if self._busy.locked() or (self._tried is not None and self._tried[0] == endpoint and now < self._tried[1]):

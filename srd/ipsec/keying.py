@@ -25,17 +25,7 @@ from srd.ipsec.peering import RETRY_SECONDS, Peering
 from srd.ipsec.protocol import Beat, KeyingError, leads
 from srd.ipsec.sockets import Sockets
 from srd.ipsec.strangers import STRANGER_SECONDS, Strangers
-from srd.model import (
-    Body,
-    Credentials,
-    Identity,
-    IpAddress,
-    NodeKind,
-    Role,
-    SrdError,
-    Suite,
-    TimedOutError,
-)
+from srd.model import Body, Credentials, Identity, IpAddress, NodeKind, Pause, Role, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime, contained
 from srd.state import Channel, PeerReport, Store
 
@@ -352,7 +342,15 @@ class Keying:
     def _beat(self, wants_keys: bool) -> Beat:  # noqa: FBT001 - a callback's one argument
         mine = self._report()
         return Beat(
-            mine.version, mine.initialized, mine.role, mine.healthy, mine.offset, wants_keys, drained=mine.drained
+            mine.version,
+            mine.initialized,
+            mine.role,
+            mine.healthy,
+            mine.offset,
+            wants_keys,
+            drained=mine.drained,
+            pause_number=mine.pause.number,
+            pause_until=mine.pause.until,
         )
 
     def _heard(self, peer: Node, beat: Beat) -> None:
@@ -369,6 +367,7 @@ class Keying:
             healthy=beat.healthy,
             offset=beat.offset,
             drained=beat.drained,
+            pause=Pause(beat.pause_number, beat.pause_until),
         )
         self._reports = {**self._reports, peer.name: report}
         self._write_reports(self._reports)

@@ -125,6 +125,8 @@ class Beat(Message, frozen=True):
     offset: int | None
     wants_keys: bool
     drained: bool = False
+    pause_number: Count = 0
+    pause_until: float = 0.0
 
 
 class Ask(Message, frozen=True):

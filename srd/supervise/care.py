@@ -13,15 +13,18 @@ from srd.supervise.running import Timing
 class Care:
     """Follows the spells of silence of a child. `symptom` is what is shown of the present one, None between them.
 
-    `deposed` says whether it was primary and another is by now.
+    `deposed` says whether it was primary and another is by now, `paused` whether a person wants nothing to be done.
     """
 
-    def __init__(self, service: Service, timing: Timing, deposed: Callable[[], bool]) -> None:
+    def __init__(
+        self, service: Service, timing: Timing, deposed: Callable[[], bool], paused: Callable[[], bool]
+    ) -> None:
         self.symptom: Symptom | None = None
         self._silence: Silence | None = None
         self._hung_after = timing.hung_after
         self._slow_limit = None if service is Service.REDIS else timing.slow_limit
         self._deposed = deposed
+        self._paused = paused
 
     def heard(self) -> None:
         """End the spell: it has answered, or has ended."""
@@ -38,4 +41,6 @@ class Care:
         if slow_shows or symptom is not Symptom.SLOW:
             self.symptom = symptom
         seconds = now - self._silence.since
-        return remedy(symptom, seconds, slow_limit=self._slow_limit, deposed=self._deposed())
+        chosen = remedy(symptom, seconds, slow_limit=self._slow_limit, deposed=self._deposed())
+        # What is ended at once is no danger to itself but to the data: no pause is for that.
+        return Remedy.WAIT if self._paused() and chosen is not Remedy.KILL else chosen

@@ -39,7 +39,7 @@ class Process:
 
     `probe` raises `SrdError` while the child does not do its job. `changed` is called after each change of the
     snapshot; `died` at each end of the program, an unseen one included, before anything follows from it. `deposed` says
-    whether it was primary and another is by now.
+    whether it was primary and another is by now, `paused` whether nothing is to be done about a silent child.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Process:
         timing: Timing,
         fds: FdStore,
         deposed: Callable[[], bool],
+        paused: Callable[[], bool],
     ) -> None:
         self.service = service
         self.waiting_for: str | None = None
@@ -61,7 +62,7 @@ class Process:
         self._died = died
         self._timing = timing
         self._fds = fds
-        self._care = Care(service, timing, deposed)
+        self._care = Care(service, timing, deposed, paused)
         self._state = ChildState.STOPPED
         self._running: Running | None = None
         self._launching: asyncio.Future[Running] | None = None

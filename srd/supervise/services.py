@@ -99,6 +99,7 @@ class Services:
                 timing=self._timing,
                 fds=fds,
                 deposed=deposed if service is Service.REDIS else lambda: False,
+                paused=lambda: situation().paused,
             )
             for service in services_of(node)
         }
@@ -111,6 +112,7 @@ class Services:
         self._looked = False
         self._adopted_stunnel = False  # and nobody has compared its certificate with the bundle's yet
         self._initialized = False
+        self._by_hand: set[Service] = set()  # ended by a person, to be started again
         self._ending = False
         self._one_pass = asyncio.Lock()
 
@@ -147,7 +149,8 @@ class Services:
             await self._find_children()
             await self._review_adopted()
             start = await self._start()
-            wanted = desired.services(self._situation(), start)
+            self._by_hand -= {service for service in self._by_hand if self._processes[service].state in RUNNING}
+            wanted = desired.services(self._situation(), start, self._by_hand)
             for service, process in self._processes.items():
                 want = wanted[service]
                 process.waiting_for = self._undecided_reason(service) or want.waiting_for
@@ -189,6 +192,7 @@ class Services:
         """End one child; the next pass starts it again, at once."""
         async with self._one_pass:
             await self._processes[service].stop(self.grace(service))
+            self._by_hand.add(service)
         self._wake()
 
     async def keep_data(self) -> None:

@@ -41,6 +41,8 @@ _DAEMON: Final = (
     _gauge("srd_condition", "How many subjects a condition holds for; absent when none.", "code", "severity"),
     _gauge("srd_health_status", "Whether a check of :8080 would answer 200.", "check"),
     _gauge("srd_drained", "Whether a person has taken this node out of service."),
+    _gauge("srd_paused", "Whether a person has every srd of the cluster do nothing by itself."),
+    _gauge("srd_paused_until_timestamp_seconds", "When the pause ends by itself; absent when there is none."),
 )
 _CHILDREN: Final = (
     _gauge("srd_child_up", "Whether a child is ready.", "service"),

@@ -45,6 +45,8 @@ def node_document(situation: Situation, version: str) -> Document:
         "state": _state(s),
         "role": s.view.redis.role if s.view.redis is not None else Role.UNKNOWN,
         "drained": s.view.drained,
+        "pause": s.paused,
+        "paused_until_timestamp": s.view.pause.until if s.paused else None,
         "redis": _redis(s.view.redis) if s.view.redis is not None else None,
         "replication": _replication(s),
         "lag_bytes": health.lag_bytes(s),
@@ -71,7 +73,11 @@ def node_document(situation: Situation, version: str) -> Document:
 def cluster_document(situation: Situation, version: str) -> Document:
     """Return the members of the cluster as this node knows them: the body of `/cluster`."""
     known = members(situation, version)
-    return {"scope": situation.config.cluster, "members": [_member(situation, member) for member in known]}
+    return {
+        "scope": situation.config.cluster,
+        "pause": situation.paused,
+        "members": [_member(situation, member) for member in known],
+    }
 
 
 def history_document(situation: Situation) -> list[Document]:

@@ -130,6 +130,9 @@ class Metrics(Collector):
         for path in sorted(health.CHECK_PATHS - health.ALIASES):
             yield "srd_health_status", (path.removeprefix("/"),), health.judge(path, {}, s).ok
         yield "srd_drained", (), s.view.drained
+        yield "srd_paused", (), s.paused
+        if s.paused:
+            yield "srd_paused_until_timestamp_seconds", (), s.view.pause.until
         yield from _child_samples(s, self._stamps)
         if s.node.kind is NodeKind.REDIS:
             yield from _role_samples(s)

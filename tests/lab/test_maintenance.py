@@ -1,9 +1,10 @@
-"""A node is taken out of service, under a client that writes all the time: it notices nothing but a pause."""
+"""Nodes are worked on, under a client that writes all the time: drained and taken back, and the cluster paused."""
 
 from __future__ import annotations
 
 import csv
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -52,3 +53,29 @@ def test_a_node_is_drained_without_losing_a_write_and_comes_back(lab: Lab) -> No
         seen.append(done["longest_gap_seconds"])
     lab.wait_whole()
     print(f"\n{DRAINS} primaries drained, no write lost; the longest gaps: {seen} s")  # noqa: T201 - for people
+
+
+def pauses(lab: Lab) -> list[bool]:
+    return [lab.get(node, "/srd").body["pause"] for node in lab.nodes]
+
+
+def test_a_paused_cluster_starts_nothing_again_and_every_node_knows(lab: Lab) -> None:
+    lab.wait_whole()
+    first = lab.primary()
+    second, away = (node for node in lab.nodes if node != first)
+    os.kill(lab.srd_pid(away), signal.SIGKILL)
+    said = lab.on(second, "srd", "pause", "--for", "1h").stdout
+    try:
+        assert f"{away} does not know yet" in said
+        lab.start_srd(away)
+        lab.wait(lambda: pauses(lab) == [True] * len(lab.nodes), "every node knows")
+        os.kill(lab.children(away)["redis"]["pid"], signal.SIGKILL)
+        lab.wait(lambda: "pause" in (lab.children(away)["redis"]["waiting_for"] or ""), "it stays down")
+        assert {f"{node}: paused lab" for node in lab.nodes} <= set(lab.conditions())
+        assert lab.on(away, "srd", "restart", "redis").returncode == 0, "a person may start it"
+        os.kill(lab.children(away)["stunnel"]["pid"], signal.SIGKILL)
+        lab.wait(lambda: lab.children(away)["stunnel"]["waiting_for"] is not None, "it stays down, too")
+        assert lab.primary() == first
+    finally:
+        assert lab.on(first, "srd", "resume").stdout == "not paused\n"
+    lab.wait_whole()

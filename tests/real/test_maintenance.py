@@ -1,7 +1,8 @@
-"""A node is taken out of service, over real redises and real sentinels."""
+"""A node is taken out of service, and a cluster is paused, over real redises and real sentinels."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from support.primacies import NAMES, Srd, leader, settled, three, watched, write
 from support.sentinels import Cluster, sentinel_client, until
 
 from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
-from srd.model import RefusedError
+from srd.model import Pause, RefusedError
 from srd.state import View
 
 
@@ -97,3 +98,22 @@ async def test_a_drained_node_is_not_preferred_by_what_a_failover_has_left(
         assert observed is not None
         await observed.keep_priority(1)
         await told(cluster, srds["n2"], NEVER_PRIORITY)
+
+
+async def test_during_a_pause_a_dead_primary_is_left_to_the_sentinels_who_do_replace_it(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        for srd in srds.values():
+            srd.write_pause(Pause(1, 60.0))
+        began = time.monotonic()
+        cluster.kill("redis-n1")
+        srds["n1"].redis_died()
+        successor = await leader(srds, ("n2", "n3"), 30)
+        assert time.monotonic() - began > cluster.config.sentinel.down_after, "somebody was in a hurry"
+        # What is to be done about who was chosen is done: its lease, its replicas.
+        await writes(cluster, successor.name)
+        await settled(cluster, cluster.endpoint(successor.name))
+        (other,) = {"n2", "n3"} - {successor.name}
+        back = await srds["n2"].primacy.switch_over(other, dry_run=False)
+        assert (back["to"], back["named"]) == (other, True), "what is asked for by hand is done"

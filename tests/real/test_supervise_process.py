@@ -69,7 +69,7 @@ class Observed:
         self.history: list[Child] = []
         self._changed = asyncio.Event()
         self.deaths = 0
-        self.deposed = False
+        self.deposed = self.paused = False
         self.process = Process(
             service,
             probe=self.health,
@@ -77,6 +77,7 @@ class Observed:
             died=self._note_death,
             timing=timing,
             fds=no_store(),
+            paused=lambda: self.paused,
             deposed=lambda: self.deposed,
         )
 
@@ -393,12 +394,31 @@ async def test_a_child_that_was_stopped_is_continued(world: World) -> None:
         assert it.process.pid == pid
 
 
-async def test_a_primary_that_was_stopped_and_replaced_never_runs_again(world: World) -> None:
+async def test_during_a_pause_a_child_that_was_stopped_is_left_alone(world: World) -> None:
+    async with observed(world, replace(FAST, probe_failures=1000)) as it:
+        pid = await it.start()
+        await it.in_state(ChildState.READY)
+        it.health.hang, it.paused = True, True
+        freeze(pid)
+        await it.until(lambda child: child.symptom is Symptom.STOPPED)
+        for _ in range(3):
+            it.health.asked.clear()
+            async with asyncio.timeout(PATIENCE):
+                await it.health.asked.wait()
+        assert os.waitid(os.P_PID, pid, os.WCONTINUED | os.WNOHANG) is None  # noqa: ASYNC222 - it does not wait
+        it.paused = False
+        await asyncio.to_thread(os.waitid, os.P_PID, pid, os.WCONTINUED)
+        it.health.hang = False
+        await it.until(lambda child: child.symptom is None)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_primary_that_was_stopped_and_replaced_never_runs_again(world: World, paused: bool) -> None:  # noqa: FBT001
     world.script = "trap 'echo it ran' CONT; while :; do sleep 60 & wait; done"
     async with observed(world) as it:
         pid = await it.start()
         await it.in_state(ChildState.READY)
-        it.health.hang, it.deposed = True, True
+        it.health.hang, it.deposed, it.paused = True, True, paused
         freeze(pid)
         child = await it.in_state(ChildState.STOPPED)
         assert child.last_exit == "srd ended it: it was stopped (killed by SIGKILL)"

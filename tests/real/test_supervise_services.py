@@ -19,7 +19,7 @@ import pytest
 from support.nodes import QUICK, Member, eventually, freeze, world
 
 from srd.desired import Start
-from srd.model import Service
+from srd.model import Pause, Service
 from srd.state import ChildState, Symptom
 from srd.supervise.adopt import MARKER_NAME, REGISTER_NAME
 from srd.supervise.programs import check_endpoint, check_ports, listen_endpoints
@@ -392,3 +392,22 @@ async def test_cancelling_a_pass_loses_no_child() -> None:
                 await asyncio.wait({one})
             await node.all_ready()
             await eventually(lambda: counts_one_of_each(member), "one process of each service")
+
+
+async def test_during_a_pause_a_child_that_ends_stays_down_until_a_person_starts_it_or_ends_the_pause() -> None:
+    with world() as (member,):
+        async with member.supervised() as node:
+            await node.all_ready()
+            pause = node.store.writer("pause")
+            pause(Pause(1, 60.0))
+            for ended_by in ("restart", "resume"):
+                os.kill(node.pid(Service.STUNNEL), signal.SIGKILL)
+                view = await node.until(lambda view: view.children[Service.STUNNEL].waiting_for is not None)
+                assert view.children[Service.STUNNEL].pid is None
+                assert "the end of the pause" in (view.children[Service.STUNNEL].waiting_for or "")
+                if ended_by == "restart":
+                    await node.services.restart(Service.STUNNEL)
+                else:
+                    pause(Pause(2, 0.0))
+                    node.loop.wake()
+                await node.all_ready()

@@ -42,6 +42,7 @@ class Srd:
         self.write_children = self.store.writer("children")
         self.write_peers = self.store.writer("peers")
         self.write_drained = self.store.writer("drained")
+        self.write_pause = self.store.writer("pause")
         self.alive()
         self.primacy = Primacy(
             cluster.config,

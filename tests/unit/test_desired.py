@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.situations import arbiter_situation, primary_situation
+from support.situations import WALL, arbiter_situation, primary_situation
 
 from srd.config import parse_config
 from srd.desired import Start, Wanted, differences, needs_restart, services
-from srd.model import Service
+from srd.model import Pause, Service
 from srd.state import Child, ChildState, Kernel, Situation
 
 RUN = Wanted(run=True)
+PAUSE = Pause(1, WALL + 60)
 STOPPED = {service: Child(ChildState.STOPPED) for service in Service}
 
 
@@ -70,6 +71,21 @@ def test_the_sentinel_of_a_member_starts_before_its_redis(initialized: bool) -> 
     whole = at_rest()
     known = replace(whole, view=replace(whole.view, initialized=initialized))
     assert services(known, Start(hold="a majority"))[Service.SENTINEL].run is initialized
+
+
+def test_during_a_pause_what_has_ended_stays_down_until_a_person_starts_it() -> None:
+    ended = {
+        Service.REDIS: Child(ChildState.READY),
+        Service.SENTINEL: Child(ChildState.BACKOFF, last_exit="killed by SIGKILL"),
+        Service.STUNNEL: Child(ChildState.STOPPED),  # it has not run under this srd
+    }
+    paused = replace(primary_situation(), view=replace(primary_situation().view, children=ended, pause=PAUSE))
+    wanted = services(paused, Start())
+    assert [wanted[service].run for service in Service] == [True, False, True]
+    assert "the end of the pause" in (wanted[Service.SENTINEL].waiting_for or "")
+    assert services(paused, Start(), {Service.SENTINEL})[Service.SENTINEL] == RUN
+    over = replace(paused, wall_clock=PAUSE.until)
+    assert services(over, Start())[Service.SENTINEL] == RUN
 
 
 def test_an_arbiter_runs_a_sentinel_alone() -> None:

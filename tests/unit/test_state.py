@@ -6,23 +6,11 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from support.situations import arbiter_situation, primary_situation, replica_situation
+from support.situations import WALL, arbiter_situation, primary_situation, replica_situation, with_child
 
 from srd.conditions import CHANNEL_HOLD_SECONDS, Code, Severity, conditions
-from srd.model import IpsecMode, Service
-from srd.state import (
-    Channel,
-    Child,
-    ChildState,
-    Cure,
-    DiskTrouble,
-    Finding,
-    Kernel,
-    Situation,
-    Store,
-    Symptom,
-    Trouble,
-)
+from srd.model import IpsecMode, Pause, Service
+from srd.state import Channel, Child, ChildState, Cure, DiskTrouble, Finding, Kernel, Situation, Store, Symptom, Trouble
 
 
 def seen(situation: Situation, **changes: object) -> Situation:
@@ -241,3 +229,20 @@ def test_a_drained_node_is_shown_and_one_that_is_primary_all_the_same_more_urgen
     assert (found.code, found.severity, found.subject) == (Code.DRAINED, Severity.WARNING, "redis-1")
     (still,) = conditions(seen(primary_situation(), drained=True))
     assert "primary all the same" in still.text
+
+
+def test_a_pause_is_shown_with_its_end_while_it_holds() -> None:
+    paused = primary_situation(pause=Pause(1, WALL + 60))
+    (found,) = conditions(paused)
+    assert (found.code, found.severity, found.subject) == (Code.PAUSED, Severity.WARNING, "orders")
+    assert found.text.startswith("until 2023-11-14 22:14 UTC ")
+    assert conditions(replace(paused, wall_clock=WALL + 60)) == ()
+
+
+@pytest.mark.parametrize("symptom", list(Symptom))
+def test_during_a_pause_a_silent_child_is_waited_for(symptom: Symptom) -> None:
+    silent = with_child(
+        primary_situation(pause=Pause(1, WALL + 60)), Service.REDIS, state=ChildState.DEGRADED, symptom=symptom
+    )
+    (text,) = (found.text for found in conditions(silent) if found.code is Code.CHILD_SILENT)
+    assert text.endswith("; srd is paused, and waits")

@@ -18,7 +18,7 @@ from support.situations import (
 
 from srd.changes import ChangeKind, RoleChange
 from srd.conditions import Code, Severity
-from srd.model import Service
+from srd.model import Pause, Service
 from srd.reconcile import Loop
 from srd.state import Kernel, Situation, View
 from srd.web import health
@@ -67,7 +67,7 @@ def value(found: Samples, name: str, **labels: str) -> float | None:
 def loaded() -> Iterator[Situation]:
     """Situations in which, together, everything is known that can be known."""
     kernel = Kernel(True, ("foreign",), 3, {"XfrmInNoPols": 2})
-    busy = primary_situation(kernel=kernel, links={"redis-2": link("redis-2", 2)})
+    busy = primary_situation(kernel=kernel, links={"redis-2": link("redis-2", 2)}, pause=Pause(1, WALL + 60))
     yield with_child(busy, Service.STUNNEL, exits={"1": 2}, restarts=2, retry_at=NOW + 1)
     yield replica_situation()
 
