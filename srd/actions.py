@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from srd.cluster import Node
@@ -12,6 +13,7 @@ from srd.control.documents import Document
 from srd.control.server import Action
 from srd.duties import Duties
 from srd.model import LONGEST_PAUSE_SECONDS, RefusedError, Service, SrdError
+from srd.rolling import RESTART_TOPIC, STATE_TOPIC
 
 LONGEST_WAIT_SECONDS: Final = 86400.0
 
@@ -43,7 +45,12 @@ class DutyActions:
             "/v1/drain": self._drain,
             "/v1/undrain": self._undrain,
             "/v1/pause": self._pause,
+            "/v1/node/restart": partial(self._on_node, RESTART_TOPIC),
         }
+
+    def questions(self) -> Mapping[str, Action]:
+        """Return what answers each question that changes nothing."""
+        return {"/v1/node": partial(self._on_node, STATE_TOPIC)}
 
     def _on_duty(self, operation: str, subject: str) -> Duties:
         if self.duties is None:
@@ -84,6 +91,11 @@ class DutyActions:
         """Answer `srd pause` and `srd resume`: the query says for how many `seconds`, 0 to end it."""
         seconds = seconds_of(asked.get("seconds", ""), LONGEST_PAUSE_SECONDS)
         return await self._on_duty("pause", self.node.name).pause(seconds)
+
+    async def _on_node(self, topic: str, asked: Mapping[str, str]) -> Document:
+        """Answer a step of `srd rolling`: the query names the `node`, and the `child` that it is to restart."""
+        duties = self._on_duty("ask", asked.get("node", ""))
+        return dict(await duties.on_node(asked.get("node", ""), topic, {"child": asked.get("child")}))
 
 
 def _flag(asked: Mapping[str, str], name: str) -> bool:

@@ -27,7 +27,7 @@ import structlog
 from srd import closing
 from srd.actions import DutyActions, seconds_of
 from srd.cluster import Config
-from srd.conditions import conditions
+from srd.control import documents
 from srd.control.server import ControlServer
 from srd.desired import differences, needs_restart
 from srd.duties import Duties
@@ -67,6 +67,7 @@ KNOWING_LIMIT_SECONDS: Final = 6.0  # with the first look at the children before
 CLIENTS_RESYNC_SECONDS: Final = 60.0
 # Between the wish to keep the children and the stop that follows; a stop at any other time is not meant by it.
 KEEP_SECONDS: Final = 15.0
+ANSWERED_SECONDS: Final = 0.2  # until whoever asked for a new srd has been told that there will be one
 
 
 async def run(paths: Paths, early_stop: threading.Event) -> None:
@@ -122,6 +123,7 @@ class Daemon:
                 situation=self.situation,
                 fds=fds,
                 ask_peer=self._ask_peer,
+                begin_anew=self._begin_anew,
             )
         self._keying: Keying | None = None
         fds.drop_rest()
@@ -172,6 +174,7 @@ class Daemon:
             await self._forget(keying.distrusted())
             listeners = keying.listen()
             stack.callback(_close, listeners)
+            duty_actions = DutyActions(self._node, self._duties)
             control = ControlServer(
                 self._paths.control_socket,
                 self.situation,
@@ -180,8 +183,9 @@ class Daemon:
                     "/v1/rekey": partial(self._rekey, keying),
                     "/v1/reload": lambda _: self._reload(keying),
                     "/v1/stop": self._end,
-                    **DutyActions(self._node, self._duties).by_path(),
+                    **duty_actions.by_path(),
                 },
+                questions=duty_actions.questions(),
             )
             await control.start()
             stack.push_async_callback(control.stop)
@@ -258,6 +262,16 @@ class Daemon:
         if unit is None:
             self._stop.set()
         return {"unit": unit}
+
+    def _begin_anew(self) -> None:
+        """Have the service manager start the next srd in this one's place, soon; the children are left to it.
+
+        As after a signal that somebody sends by hand: the manager starts again what has ended unasked.
+        """
+        if own_unit() is None:
+            raise RefusedError("restart", "srd", "no service manager would start it again", "start it again by hand")
+        self._keep_until = boottime() + KEEP_SECONDS
+        asyncio.get_running_loop().call_later(ANSWERED_SECONDS, self._stop.set)
 
     async def _reload_on_hangup(self, keying: Keying) -> None:
         while True:
@@ -348,7 +362,7 @@ class Daemon:
         pause = STATUS_SECONDS if watchdog is None else min(STATUS_SECONDS, watchdog / 3)
         while True:
             alive = health.alive(self._loops(), boottime(), LIVENESS_SECONDS).ok
-            status = f"STATUS={_status_line(self.situation())}"
+            status = f"STATUS={documents.one_line(self.situation())}"
             self._notifier.send(*(("WATCHDOG=1", status) if alive else (status,)))
             await asyncio.sleep(pause)
 
@@ -378,15 +392,6 @@ class Daemon:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
-
-
-def _status_line(situation: Situation) -> str:
-    view = situation.view
-    role = view.redis.role if view.redis is not None else "no redis yet"
-    links = sum(1 for link in view.links.values() if link.protected)
-    worst = next(iter(conditions(situation)), None)
-    trouble = f"; {worst.code}: {worst.subject} {worst.text}" if worst is not None else ""
-    return f"{role}, {links} of {len(view.links)} links protected{trouble}"
 
 
 def _close(listeners: list[socket.socket]) -> None:

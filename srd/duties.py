@@ -20,6 +20,7 @@ from srd.ha.repair import Doctor
 from srd.maintenance import PAUSE_TOPIC, Maintenance
 from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
+from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.state import ChildState, Situation, Store, View, services_of
 from srd.supervise.disks import Disks
 from srd.supervise.probe import probe_tls
@@ -61,6 +62,7 @@ class Duties:
         situation: Callable[[], Situation],
         fds: FdStore,
         ask_peer: AskPeer,
+        begin_anew: Callable[[], None],
     ) -> None:
         self._config, self._node, self._paths = config, node, paths
         self._situation = situation
@@ -96,12 +98,20 @@ class Duties:
             fds=fds,
             deposed=lambda: self._primacy.deposed,
         )
+        self._restarts = Restarts(
+            node,
+            situation=situation,
+            restart=self._services.restart,
+            begin_anew=begin_anew,
+            ask_peer=ask_peer,
+        )
         self._loop = Loop("services", self._services.reconcile, resync=RESYNC_SECONDS, timeout=PASS_SECONDS)
         look = Disks(paths, store.writer("disks"), self._services.retry).reconcile
         disks = Loop("disks", look, resync=DISKS_RESYNC_SECONDS, timeout=DISKS_PASS_SECONDS)
         doctor = Loop("doctor", self._doctor.watch, resync=DOCTOR_RESYNC_SECONDS, timeout=DOCTOR_PASS_SECONDS)
         learn = Loop("pause", self._learn, resync=PAUSE_RESYNC_SECONDS, timeout=PAUSE_PASS_SECONDS)
-        self.bodies = (*self._primacy.bodies, self._services.run, self._loop.run, disks.run, doctor.run, learn.run)
+        loops = (self._loop.run, disks.run, doctor.run, learn.run)
+        self.bodies = (*self._primacy.bodies, self._services.run, self._restarts.run, *loops)
         self.loops = (*self._primacy.loops, self._loop)
 
     async def ready(self) -> None:
@@ -179,6 +189,8 @@ class Duties:
             raise RefusedError("answer", topic, f"{peer} is a client, which has no say here")
         if topic == PAUSE_TOPIC:
             return await self._maintenance.told(body, self._situation())
+        if topic in (RESTART_TOPIC, STATE_TOPIC):
+            return self._restarts.answer(topic, body)
         return await self._primacy.answer(peer, topic, body)
 
     async def restart(self, service: Service, *, force: bool, seconds: float) -> int:
@@ -209,6 +221,10 @@ class Duties:
             )
             raise TimedOutError("restart", service, reason, "srd children says more") from None
         return view.children[service].pid or 0
+
+    async def on_node(self, node: str, topic: str, body: Body) -> Body:
+        """Have a node of the cluster, this one or another, restart a program or say how it is: `Restarts.on`."""
+        return await self._restarts.on(node, topic, body)
 
     async def examine(self, *, repair: bool, dry_run: bool) -> documents.Document:
         """Answer `srd doctor`: what is wrong with what the sentinels keep, and with `repair` what was done about it.

@@ -33,6 +33,7 @@ VERBS: Final[dict[str, Verb]] = {
     "rekey": Verb("srd.cli.act:rekey_command", "Have new keys made with a peer, or with all."),
     "reload": Verb("srd.cli.act:reload_command", "Take a changed bundle in, without a restart."),
     "restart": Verb("srd.cli.act:restart_command", "End a child and start it again."),
+    "rolling": Verb("srd.cli.rolling:rolling_command", "Restart programs on every node, one node after another."),
     "switchover": Verb("srd.cli.primacy:switchover_command", "Move the primary to another node; no write is lost."),
     "drain": Verb("srd.cli.maintenance:drain_command", "Take this node out of service; the primary moves away first."),
     "undrain": Verb("srd.cli.maintenance:undrain_command", "Take this node into service again."),

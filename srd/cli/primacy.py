@@ -13,7 +13,7 @@ import click
 from srd.control import client
 from srd.model import Paths, SrdError
 
-_ANSWER_SECONDS = 40.0
+ANSWER_SECONDS = 40.0  # for all steps of a switchover, each of which has a bound
 _LONGEST_WAIT_SECONDS = 7 * 86400.0
 
 
@@ -62,7 +62,7 @@ def switchover_command(paths: Paths, *, to: str | None, at: float | None, dry_ru
         click.echo(f"waiting until {dt.datetime.fromtimestamp(at).astimezone():%Y-%m-%d %H:%M:%S}")
         while (left := at - time.time()) > 0:
             time.sleep(min(left, 1.0))
-    done = client.post(paths.control_socket, f"/v1/switchover?{urlencode(query)}", timeout=_ANSWER_SECONDS)
+    done = client.post(paths.control_socket, f"/v1/switchover?{urlencode(query)}", timeout=ANSWER_SECONDS)
     if dry_run:
         click.echo(f"the primary would move from {done['from']} to {done['to']}")
         return

@@ -44,6 +44,16 @@ def status(situation: Situation, version: str) -> Document:
     }
 
 
+def one_line(situation: Situation) -> str:
+    """Return one node in one line, for the service manager's status."""
+    view = situation.view
+    role = view.redis.role if view.redis is not None else "no redis yet"
+    links = sum(1 for link in view.links.values() if link.protected)
+    worst = next(iter(conditions(situation)), None)
+    trouble = f"; {worst.code}: {worst.subject} {worst.text}" if worst is not None else ""
+    return f"{role}, {links} of {len(view.links)} links protected{trouble}"
+
+
 def members(situation: Situation, version: str) -> Document:
     """Return every node of the cluster as this one knows it."""
     return _head(situation) | {

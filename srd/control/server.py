@@ -47,6 +47,7 @@ class ControlServer:
 
     `actions` maps what may be POSTed to what does it: it gets the query and, as `by`, who asks; it returns the answer
     or raises `SrdError`.
+    `questions` are the same for GET: they change nothing, so nobody keeps a record of them.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class ControlServer:
         *,
         version: str,
         actions: Mapping[str, Action] = MappingProxyType({}),
+        questions: Mapping[str, Action] = MappingProxyType({}),
     ) -> None:
         self._path = path
         self._situation = situation
         self._version = version
         self._actions = actions
+        self._questions = questions
         self._server: web.Server | None = None
         self._listener: asyncio.Server | None = None
         self._inode: int | None = None
@@ -88,15 +91,16 @@ class ControlServer:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.rel_url.path
-        if path in _PATHS:
-            if request.method != "GET":
-                return _answer(405, {"error": "method_not_allowed"})
-            return _answer(200, _PATHS[path](self._situation(), self._version))
+        method = "POST" if path in self._actions else "GET"
+        if path not in {*_PATHS, *self._questions, *self._actions}:
+            return _answer(404, {"error": "not_found", "paths": sorted({*_PATHS, *self._questions, *self._actions})})
+        if request.method != method:
+            return _answer(405, {"error": "method_not_allowed"})
         if path in self._actions:
-            if request.method != "POST":
-                return _answer(405, {"error": "method_not_allowed"})
             return await self._act(path, request)
-        return _answer(404, {"error": "not_found", "paths": sorted({*_PATHS, *self._actions})})
+        if path in self._questions:
+            return await _answered(self._questions[path], request)
+        return _answer(200, _PATHS[path](self._situation(), self._version))
 
     async def _act(self, path: str, request: web.BaseRequest) -> web.StreamResponse:
         """Do what is asked for; who asked, and what came of it, is in the log."""
@@ -106,10 +110,21 @@ class ControlServer:
             done = await self._actions[path](asked | {"by": by})
         except SrdError as error:
             log.warning("asked", action=path, query=asked, by=by, refused=str(error))
-            refusal = {"operation": error.operation, "subject": error.subject, "reason": error.reason}
-            return _answer(409, refusal | {"remedy": error.remedy, "exit_status": error.exit_status})
+            return _refused(error)
         log.info("asked", action=path, query=asked, by=by)
         return _answer(200, done)
+
+
+async def _answered(question: Action, request: web.BaseRequest) -> web.StreamResponse:
+    try:
+        return _answer(200, await question(dict(request.rel_url.query)))
+    except SrdError as error:
+        return _refused(error)
+
+
+def _refused(error: SrdError) -> web.Response:
+    refusal = {"operation": error.operation, "subject": error.subject, "reason": error.reason}
+    return _answer(409, refusal | {"remedy": error.remedy, "exit_status": error.exit_status})
 
 
 def _peer(request: web.BaseRequest) -> str:

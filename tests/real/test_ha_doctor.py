@@ -493,6 +493,7 @@ async def test_the_command_shows_plans_and_mends(cluster: Cluster, tmp_path: Pat
         situation=lambda: Situation(cluster.config, node, store.view(), boottime()),
         fds=FdStore(Notifier(None)),
         ask_peer=nobody,
+        begin_anew=lambda: None,
     )
 
     server = ControlServer(

@@ -49,14 +49,16 @@ class Lab:
         # By node, what tests have made the kernel count on purpose.
         self.excused: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
-    def on(self, station: str, *command: str, stdin: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
+    def on(
+        self, station: str, *command: str, stdin: str = "", check: bool = True, seconds: float = PATIENCE_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["on", station, *command],
             check=check,
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_SECONDS,
+            timeout=seconds,
         )
 
     def address(self, station: str, family: int = 4) -> str:

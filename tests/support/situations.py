@@ -93,6 +93,7 @@ def replica_redis(**changes: Any) -> Redis:
 
 
 def _view(cluster: Config, me: str) -> View:
+    replicas = len(cluster.redis_nodes) - 1
     peers = {node.name: index for index, node in enumerate(cluster.nodes, 1) if node.name != me}
     return View(
         children={
@@ -108,7 +109,7 @@ def _view(cluster: Config, me: str) -> View:
         kernel=Kernel(policies_installed=True),
         backstop=Backstop(keeper="nftables", mended=0),
         sentinels={
-            node.name: SentinelAnswer(node.name, NOW - 0.2, at(1), 3, False, 3, 2, frozenset({"master"}))
+            node.name: SentinelAnswer(node.name, NOW - 0.2, at(1), 3, False, 2, replicas, frozenset({"master"}))
             for node in cluster.voters
         },
         history=(
