@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import IPv4Address
 from typing import Annotated, Final, Literal
@@ -20,7 +20,7 @@ KEYING_CLIENT_PORTS: Final = range(840, 848)
 
 # Sentinel pings once a second, so a silent loss is seen up to a second late (sentinel.c SENTINEL_PING_PERIOD): a lease
 # that ends a second before `down_after` has ended before any majority can begin to replace its holder by itself. srd
-# has them begin sooner, after ha/silence.py's REPLACE_SECONDS, and before those, too, a lease has ended.
+# has them begin sooner, after ha/failover.py's REPLACE_SECONDS, and before those, too, a lease has ended.
 LEASE_MARGIN_SECONDS: Final = 1.0
 LEASE_SECONDS: Final = 2.0
 # redis' own fence: a primary that is cut off stops acknowledging writes after at most MIN_REPLICAS_MAX_LAG + 2 s
@@ -117,7 +117,7 @@ class Node:
     name: str
     kind: NodeKind
     addresses: tuple[IpAddress, ...]
-    priority: int = DEFAULT_PRIORITY
+    priority: int = field(default=DEFAULT_PRIORITY, compare=False)  # it is the same node with another one
 
     @property
     def address(self) -> IpAddress:

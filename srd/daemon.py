@@ -62,7 +62,8 @@ BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 STATUS_SECONDS: Final = 2.0
 # For how long a balancer's check waits for an srd that has taken over to know its node. A no that it hears twice cuts
 # the clients' connections, and 0.1 s of `starting` (1 s on a slow machine) is enough for that.
-KNOWING_SECONDS: Final = 2.0
+# Longer than a lease that lapsed takes to be taken up again (ha/lease.py, PROBATION_SECONDS), as when a node is away.
+KNOWING_SECONDS: Final = 4.0
 KNOWING_LIMIT_SECONDS: Final = 6.0  # with the first look at the children before that
 CLIENTS_RESYNC_SECONDS: Final = 60.0
 # Between the wish to keep the children and the stop that follows; a stop at any other time is not meant by it.

@@ -192,7 +192,7 @@ def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
         if getattr(getattr(old, table), key) != getattr(getattr(new, table), key)
     ]
     changed += [key for key in ("cluster", "listen_localhost") if getattr(old, key) != getattr(new, key)]
-    mine = next((replace(other, priority=node.priority) for other in new.nodes if other.name == node.name), None)
+    mine = next((other for other in new.nodes if other.name == node.name), None)
     return tuple(changed) if mine == node else (*changed, f"node {node.name}")
 
 
@@ -205,8 +205,14 @@ def differences(old: Config, new: Config) -> dict[str, list[str] | bool]:
         "removed": sorted(before - after),
         "trusted_no_more": sorted(f"{serial:x}" for serial in new.revoked - old.revoked),
         "trusted_again": sorted(f"{serial:x}" for serial in old.revoked - new.revoked),
-        "settings": named != new,
+        "settings": named != new or _reordered(old, new),
     }
+
+
+def _reordered(old: Config, new: Config) -> bool:
+    """Whether a node that stays has another priority."""
+    before = {node.name: node.priority for node in old.nodes}
+    return any(before.get(node.name, node.priority) != node.priority for node in new.nodes)
 
 
 def services(

@@ -21,6 +21,7 @@ class Custody:
 
     known_until: float = 0.0  # what the sentinels have given at most, whatever they think of the primary since
     heir: str | None = None
+    told: bool = False  # the heir, that it is one
     given_until: float = 0.0
     granted_at: float = 0.0
     granted_until: float = 0.0
@@ -31,7 +32,7 @@ class Custody:
             return self.given_until - now if heir == self.heir else 0.0
         if self.known_until <= now:
             return 0.0
-        self.heir, self.given_until = heir, self.known_until
+        self.heir, self.given_until, self.told = heir, self.known_until, False
         return self.known_until - now
 
     def is_heir(self, node: str, now: float) -> bool:
@@ -39,8 +40,9 @@ class Custody:
         return node == self.heir and now < self.given_until
 
     def take_back(self) -> None:
-        """Have it back; only while nobody was told that it was given."""
-        self.heir, self.given_until = None, 0.0
+        """Have it back, unless the heir was told already that it was given."""
+        if not self.told:
+            self.heir, self.given_until = None, 0.0
 
     def take(self, asked: float, seconds: float) -> None:
         """Have been given a lease of so many seconds by an answer to a question that was asked at that moment."""

@@ -9,7 +9,7 @@ then, within `primary_lease`, another. Take a primary that is cut off at the ins
 * A sentinel pings once a second (SENTINEL_PING_PERIOD) and takes the primary for down `down_after` after the first ping
   that stayed without a reply (sentinel.c, sentinelCheckSubjectivelyDown). That ping left at t - round trip or later,
   so nobody else is promoted before t + down_after, less a round trip. srd hurries them (ha/failover.py), but not before
-  2.1 s after that ping, and a vote takes 0.3 s more.
+  2 s after that ping, and a vote takes 0.3 s more.
 * primary_lease is 2 s, so the old lease ended before.
 
 Not every cut is so clean. 1. A primary that the sentinels do not reach may still ask them. So an answer counts no
@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
-from srd.cluster import Config, Node
+from srd.cluster import LEASE_MARGIN_SECONDS, Config, Node
 from srd.model import Endpoint
 from srd.state import Lease, SentinelAnswer
 
@@ -116,7 +116,8 @@ def _supports(
     config: Config, answer: SentinelAnswer, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float
 ) -> bool:
     doubted = answer.flags & DOWN_FLAGS or FAILOVER_FLAG in answer.flags
-    hurried = 0 < answer.down_after < config.sentinel.down_after
+    # By srd's haste, not by a file of which some have taken another down_after in already.
+    hurried = 0 < answer.down_after < config.primary_lease + LEASE_MARGIN_SECONDS
     if answer.primary != endpoint or answer.tilt or doubted or hurried:
         return False
     return not _elects(config, answer, answers, now)
@@ -148,7 +149,7 @@ class Tenure:
         if lease.primary is not None:
             # A promotion is no return: nobody is replacing one who is named in an epoch that has just begun.
             self._promoted |= self._epoch is not None and lease.epoch > self._epoch
-            self._epoch = lease.epoch
+            self._epoch = max(self._epoch or 0, lease.epoch)
         if not lease.held:
             self._promoted &= not self._holds
             self._holds, self._content_since = False, None

@@ -322,6 +322,7 @@ class Primacy:
         seconds = self._custody.give(peer, s.now)
         if seconds <= 0:
             raise RefusedError("give", "the lease", f"{s.node.name} has none")
+        self._custody.told = True
         self._losses.given()
         self._judge()
         return seconds

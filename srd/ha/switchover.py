@@ -31,14 +31,14 @@ from typing import Any, Final
 import structlog
 
 from srd.changes import ChangeKind
-from srd.cluster import PREFERRED_PRIORITY, Config, Node
+from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
 from srd.ha.losses import Loss, Losses
 from srd.ha.promotion import REIGN_TOPIC, AskPeer
 from srd.ha.redis import RedisClient
-from srd.ha.resp import RespError
+from srd.ha.resp import RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
 from srd.model import RefusedError, Role, SrdError
 from srd.reconcile import boottime
@@ -109,6 +109,8 @@ def _own_obstacles(s: Situation) -> list[str]:
 def choose(s: Situation, wanted: str | None) -> Node:
     """Return whom to move the primary to; `RefusedError` says what speaks against it, or against each."""
     candidates = [node for node in s.config.redis_nodes if node != s.node and wanted in (None, node.name)]
+    if wanted is None:
+        candidates = [node for node in candidates if node.priority != NEVER_PRIORITY]
     if not candidates:
         reason = f"there is no other node that runs redis and is named {wanted}" if wanted else "there is no other node"
         raise RefusedError("switch over to", wanted or "another node", reason, "srd list shows the nodes")
@@ -117,7 +119,7 @@ def choose(s: Situation, wanted: str | None) -> Node:
     if not fit:
         reasons = dict.fromkeys(reason for found in against.values() for reason in found)
         raise RefusedError("switch over to", wanted or "another node", "; ".join(reasons), "srd status says more")
-    return max(fit, key=lambda node: _offset(s.view.redis, s.config, node))
+    return min(fit, key=lambda node: (node.priority, -_offset(s.view.redis, s.config, node)))
 
 
 def _offset(redis: Redis | None, config: Config, node: Node) -> int:
@@ -244,6 +246,8 @@ class Switchover:
     async def _hand_over(self, successor: Node, old: RedisClient, new: RedisClient) -> float:
         """Carry steps 2 to 6 out; return for how many seconds no write was taken."""
         await self._refreshed()
+        if found := obstacles(self._situation(), successor):  # seconds have passed since that was asked
+            raise RefusedError("switch over to", successor.name, "; ".join(found))
         paused = boottime()
         try:
             await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS)
@@ -303,6 +307,9 @@ class Switchover:
                 break
             except RespError as error:
                 log.warning("a sentinel refuses", sentinel=one.node, error=str(error))
+                # One that did not answer may have begun, and one that says so has: two that do it make one epoch twice.
+                if not isinstance(error, UnexpectedReplyError) or "INPROG" in str(error):
+                    break
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(NAMING_SECONDS):
                 while True:
@@ -317,7 +324,17 @@ class Switchover:
 async def _caught_up(successor: Node, old: RedisClient, new: RedisClient) -> None:
     try:
         async with asyncio.timeout(CATCH_UP_SECONDS):
-            while (await new.position(STEP_SECONDS))[1] < (await old.position(STEP_SECONDS))[1]:  # noqa: ASYNC110
+            while True:
+                (their_role, theirs), (own_role, own) = (
+                    await new.position(STEP_SECONDS),
+                    await old.position(STEP_SECONDS),
+                )
+                if (their_role, own_role) != (Role.REPLICA, Role.PRIMARY):
+                    raise SrdError(
+                        "switch over to", successor.name, "somebody else has changed who is primary meanwhile"
+                    )
+                if theirs >= own:
+                    return
                 await asyncio.sleep(0)
     except TimeoutError:
         reason = f"it has not caught up within {CATCH_UP_SECONDS:g} s; everything is as it was"

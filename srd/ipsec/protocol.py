@@ -39,7 +39,7 @@ from srd.ipsec.sas import Generation, KeyedLeg
 from srd.ipsec.suites import KEY_BYTES, SALT_BYTES, choose
 from srd.model import Body, IpAddress, NodeKind, SrdError, Suite
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 EXPORTER_LABEL: Final = b"EXPORTER-srd-esp"
 SMALLEST_SPI: Final = 0x1000  # RFC 4303 section 2.1 reserves those below 256
 LARGEST_SPI: Final = 0xFFFF_FFFF

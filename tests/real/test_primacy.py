@@ -16,7 +16,6 @@ from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 from srd.cluster import DEFAULT_PRIORITY
 from srd.ha.failover import REPLACE_SECONDS
 from srd.ha.redis import FENCED
-from srd.ha.sentinel import SentinelClient
 from srd.model import RefusedError, Role, Service, SrdError
 from srd.state import Child, ChildState
 
@@ -188,21 +187,20 @@ async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(
 
 
 async def test_a_switchover_whose_successor_cannot_catch_up_leaves_everything_as_it_was(
-    cluster: Cluster, srds: dict[str, Srd]
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with watched(srds, *NAMES), redis_client(cluster, "n2") as successor:
         # It stops reading the stream just when it is needed: its link is cut by a wrong password.
-        original = srds["n1"].primacy._switchover
-        assert original is not None
+        old = srds["n1"].primacy._fleet.redises["n1"]
 
-        async def cut(*_: object) -> SentinelClient:
-            chosen = await prefer(*_)
+        async def cut(*arguments: int) -> None:
             await successor._do(("CONFIG", "SET", "masterauth", "wrong"), seconds=1)
             await successor._do(("CLIENT", "KILL", "TYPE", "master"), seconds=1)
-            await writes(cluster, "n1")
-            return chosen
+            await old._do(("PUBLISH", "news", "that it has not"), seconds=1)
+            await pause(*arguments)
 
-        prefer, original._prefer = original._prefer, cut
+        pause = old.pause_writes
+        monkeypatch.setattr(old, "pause_writes", cut)
         with pytest.raises(SrdError, match="cannot switch over to n2: it has not caught up"):
             await srds["n1"].primacy.switch_over("n2", dry_run=False)
         assert srds["n1"].leads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,3 +273,16 @@ def test_a_promotion_that_was_seen_to_happen_is_no_return() -> None:
 
 def test_who_has_seen_no_promotion_takes_no_majority_for_one() -> None:
     assert Tenure().expires(lease(epoch=7), 5.0) == 0.0
+
+
+def test_an_epoch_that_is_named_again_is_no_promotion() -> None:
+    tenure = Tenure()
+    for epoch in (3, 2, 3):
+        assert tenure.expires(lease(held=False, epoch=epoch), 5.0) == 0.0
+    assert tenure.expires(lease(epoch=3), 6.0) == 0.0
+
+
+def test_a_greater_down_after_of_a_changed_file_hurries_nobody() -> None:
+    longer = dataclasses.replace(CONFIG, sentinel=msgspec.structs.replace(CONFIG.sentinel, down_after=8.0))
+    both = answers(answer("n1", N1, 10.0, down_after=5.0), answer("n2", N1, 10.0, down_after=5.0))
+    assert assess(longer, NODE1, both, 10.1).held
