@@ -15,10 +15,9 @@ from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.primacy import ENDING_SECONDS, LEAVING_SECONDS, Primacy
-from srd.ha.promotion import AskPeer
 from srd.ha.repair import Doctor
 from srd.maintenance import PAUSE_TOPIC, Maintenance
-from srd.model import Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
+from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.state import ChildState, Situation, Store, View, services_of

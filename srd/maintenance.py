@@ -18,8 +18,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from srd.ha.promotion import AskPeer
-from srd.model import NO_PAUSE, Body, Paths, Pause, RefusedError, SrdError
+from srd.model import NO_PAUSE, AskPeer, Body, Paths, Pause, RefusedError, SrdError
 from srd.state import Situation, Store
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, remove_own, write_private
 

@@ -66,7 +66,7 @@ def _heard(s: Situation) -> Mapping[str, PeerReport]:
 
 def _primary(s: Situation, known: Mapping[str, PeerReport]) -> PeerReport | None:
     """Return the report of the node that a majority of the sentinels names."""
-    named = s.view.lease.primary if s.view.lease is not None else None
+    named = s.view.named
     node = s.config.node_at(named.address) if named is not None else None
     return known.get(node.name) if node is not None else None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import hmac
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -115,6 +115,8 @@ class Secret:
 
 # What one srd asks of another, or answers: plain values by name.
 Body = Mapping[str, str | int | float | bool | None]
+# (peer, topic, body, seconds) -> its answer, or SrdError
+AskPeer = Callable[[str, str, Body, float], Awaitable[Body]]
 
 
 class NodeKind(enum.StrEnum):

@@ -15,8 +15,8 @@ from typing import Final
 from srd.cluster import Node
 from srd.conditions import Code, conditions
 from srd.ha.lease import endpoint_of, fresh
-from srd.ha.promotion import AskPeer
-from srd.model import Body, RefusedError, Role, Service
+from srd.ha.switchover import LAG_SECONDS, is_heard
+from srd.model import AskPeer, Body, RefusedError, Role, Service
 from srd.reconcile import contained
 from srd.state import ChildState, Situation, services_of
 from srd.web import health
@@ -26,9 +26,6 @@ RESTART_TOPIC: Final = "restart"
 STATE_TOPIC: Final = "state"
 ASK_SECONDS: Final = 5.0
 SRD: Final = "srd"
-REPORT_SECONDS: Final = 2.5
-# As a switchover wants it: a replica that is so little behind is in step.
-LAG_SECONDS: Final = 1
 
 # What is so for long, and is neither better nor worse after a restart.
 ENDURING: Final = frozenset({
@@ -42,10 +39,8 @@ def missing(s: Situation) -> list[str]:
     verdict = health.readiness(s)
     if not verdict.ok and verdict.error_code is not ErrorCode.DRAINED:
         found.append(verdict.description)
-    for voter in s.config.voters:
-        report = s.view.peers.get(voter.name)
-        if voter != s.node and (report is None or s.now - report.received > REPORT_SECONDS):
-            found.append(f"the srd of {voter.name} is not heard")
+    others = [voter for voter in s.config.voters if voter != s.node]
+    found += [f"the srd of {voter.name} is not heard" for voter in others if not is_heard(s, voter)]
     return [*found, *_replicas_missing(s), *_sentinels_missing(s)]
 
 
@@ -62,7 +57,7 @@ def _sentinels_missing(s: Situation) -> list[str]:
     """Every sentinel answers, names the one primary, sees it well, and knows all the others and all replicas."""
     config, found = s.config, []
     answers = fresh(config, s.view.sentinels, s.now)
-    primary = s.view.lease.primary if s.view.lease is not None else None
+    primary = s.view.named
     wanted = (primary, frozenset({"master"}), len(config.voters) - 1, len(config.redis_nodes) - 1)
     for voter in config.voters:
         answer = answers.get(voter.name)
@@ -136,7 +131,7 @@ class Restarts:
         That is its pid, None unless it is ready; of `srd` when it started, on this machine's own clock.
         """
         s = self._situation()
-        named = s.view.lease.primary if s.view.lease is not None else None
+        named = s.view.named
         leads = s.view.redis is not None and s.view.redis.role is Role.PRIMARY
         ready = {service: child for service, child in s.view.children.items() if child.state is ChildState.READY}
         pids = {str(service): ready[service].pid if service in ready else None for service in services_of(s.node)}

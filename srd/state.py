@@ -312,6 +312,11 @@ class View:
     pause: Pause = NO_PAUSE
     started: float = 0.0
 
+    @property
+    def named(self) -> Endpoint | None:
+        """Whom a majority of the sentinels names primary."""
+        return self.lease.primary if self.lease is not None else None
+
 
 class Store:
     """Holds the current `View`; every key has exactly one writer."""

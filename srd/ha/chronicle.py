@@ -30,10 +30,9 @@ from srd.ha.fleet import Fleet
 from srd.ha.history import History, Key, account_of, entered, key_of, word_of
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import ENDED, Loss, Losses
-from srd.ha.promotion import AskPeer
 from srd.ha.redis import FENCED, RedisClient
 from srd.ha.resp import RespError
-from srd.model import Body, Endpoint, Role, Service, SrdError
+from srd.model import AskPeer, Body, Endpoint, Role, Service, SrdError
 from srd.reconcile import Loop, boottime
 from srd.state import Lease, Store, View
 

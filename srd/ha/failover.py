@@ -118,7 +118,7 @@ class Failover:
         s = self._situation()
         if s.paused:
             return
-        named = s.view.lease.primary if s.view.lease is not None else None
+        named = s.view.named
         node = s.config.node_at(named.address) if named is not None else None
         if node is None or node == s.node or named != endpoint_of(s.config, node):
             return

@@ -64,11 +64,6 @@ def demanded(s: Situation, redis: Redis) -> int:
     return wanted if fewer or online >= wanted else redis.min_replicas_to_write
 
 
-def named(s: Situation) -> Endpoint | None:
-    """Return whom a majority of the sentinels names."""
-    return s.view.lease.primary if s.view.lease is not None else None
-
-
 class Fence:
     """Keeps what the local redis demands of a write true, and makes it follow who replaced it."""
 
@@ -119,7 +114,7 @@ class Fence:
 
         A primary that they have never named has just been promoted: they name its predecessor for a second more.
         """
-        primary = named(s)
+        primary = s.view.named
         reigns = primary == endpoint_of(s.config, s.node)
         self._reigned = redis.role is Role.PRIMARY and (reigns or self._reigned)
         return primary if self._reigned and not reigns else None

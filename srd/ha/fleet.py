@@ -11,12 +11,12 @@ from typing import TypeVar
 
 import structlog
 
-from srd.cluster import Config
+from srd.cluster import Config, Node
 from srd.ha.lease import endpoint_of
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SentinelClient
-from srd.model import Secrets
+from srd.model import Role, Secrets
 
 T = TypeVar("T")
 C = TypeVar("C", RedisClient, SentinelClient)
@@ -45,6 +45,17 @@ class Fleet:
         if former.voters != config.voters:
             self._former += [*self.redises.values(), *self.sentinels.values()]
             self._fill(config)
+
+    async def have_follow(self, node: Node, seconds: float) -> list[str]:
+        """Have the redis of every other node that is a replica follow this node's; return which ones do now."""
+        primary = endpoint_of(self.config, node)
+
+        async def follow(redis: RedisClient) -> None:
+            if await redis.role(seconds) is Role.REPLICA:
+                await redis.follow(primary, seconds)
+
+        others = {name: client for name, client in self.redises.items() if name != node.name}
+        return sorted(await on_all(others, follow))
 
     async def close(self) -> None:
         """Close every connection; each is opened again when it is needed."""

@@ -176,7 +176,7 @@ class Observer:
             if seen.role is Role.REPLICA:
                 self._custody.lose(seen.answered)
         self._write_redis(seen)
-        self._publish()
+        self.judge()
         if seen is not None and self.redis is not None:
             drained = self._store.view().drained
             wanted = NEVER_PRIORITY if drained else self._config.node(self._node.name).priority
@@ -215,7 +215,7 @@ class Observer:
         self._silent.pop(client.node, None)
         self._write_silent(dict(self._silent))
         self._answers[client.node] = self._dated(answer)
-        self._publish()
+        self.judge()
         if client.node == self._node.name:
             await self._keep(client, answer)
 
@@ -243,11 +243,10 @@ class Observer:
             await client.keep_down_after(config.sentinel.down_after, bound)
 
     def judge(self) -> None:
-        """Judge the answers again now: what this node has given away, or was given, counts from this moment on."""
-        self._publish()
+        """Write what follows from the answers now, and from what this node has given away of its lease, or was given.
 
-    def _publish(self) -> None:
-        """Write what follows from the answers. Without a pause in between, so every snapshot is of one mind."""
+        Without a pause in between, so every snapshot is of one mind.
+        """
         now = self._clock()
         self._answers = dict(fresh(self._config, self._answers, now))
         lease = assess(self._config, self._node, self._answers, now)

@@ -24,10 +24,10 @@ from srd.ha.history import History
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.observe import Observer
-from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, AskPeer, Promotion
+from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, Promotion
 from srd.ha.restart import Death
 from srd.ha.switchover import Switched, Switchover
-from srd.model import Body, Endpoint, RefusedError, Role, Secrets, Service, SrdError
+from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, Service, SrdError
 from srd.reconcile import Loop, boottime, contained
 from srd.state import Situation, Store
 
@@ -138,8 +138,7 @@ class Primacy:
 
     def _stir(self) -> None:
         """Have the watches look when somebody has fallen silent, or when the sentinels name another primary."""
-        lease = self._store.view().lease
-        primary = lease.primary if lease is not None else None
+        primary = self._store.view().named
         if primary != self._primary or self._pace() == WATCH_SECONDS:
             self._primary = primary
             for watch in self._watches:
@@ -199,8 +198,7 @@ class Primacy:
     @property
     def deposed(self) -> bool:
         """Whether this node's redis was primary when it last answered, and a majority names another one now."""
-        lease = self._situation().view.lease
-        named = lease.primary if lease is not None else None
+        named = self._situation().view.named
         return self.observer.last_role is Role.PRIMARY and named not in (None, endpoint_of(self._config, self._node))
 
     async def switch_over(self, to: str | None, *, dry_run: bool, by: str | None = None) -> Body:
@@ -211,8 +209,8 @@ class Primacy:
         """
         by = by if by is not None else self._node.name
         s = self._situation()
-        lease = s.view.lease
-        primary = s.config.node_at(lease.primary.address) if lease is not None and lease.primary is not None else None
+        named = s.view.named
+        primary = s.config.node_at(named.address) if named is not None else None
         if primary is None:
             raise RefusedError("switch over", "the primary", "no majority of the sentinels names one")
         if primary != self._node:
@@ -259,7 +257,7 @@ class Primacy:
         """
         s = self._situation()
         own, redis = endpoint_of(s.config, s.node), s.view.redis
-        named = s.view.lease.primary if s.view.lease is not None else None
+        named = s.view.named
         if named == own:
             return await self.switch_over(None, dry_run=False, by=f"{s.node.name} (srd drain)")
         if redis is not None and redis.role is Role.PRIMARY:
@@ -311,12 +309,12 @@ class Primacy:
     def _give_lease(self, peer: str) -> float:
         """Give what is left of this node's lease to the node whose redis was promoted; return for how many seconds."""
         s = self._situation()
-        child, redis, lease = s.view.children.get(Service.REDIS), s.view.redis, s.view.lease
+        child, redis = s.view.children.get(Service.REDIS), s.view.redis
         runs = child is not None and child.pid is not None
         if not self._custody.is_heir(peer, s.now):
             if runs and (redis is None or redis.role is not Role.REPLICA):
                 raise RefusedError("give", "the lease", f"the redis of {s.node.name} may be primary itself")
-            named = lease.primary if lease is not None else None
+            named = s.view.named
             if named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, s.config.node(peer))):
                 raise RefusedError("give", "the lease", f"the sentinels name {named}")
         seconds = self._custody.give(peer, s.now)

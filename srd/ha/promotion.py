@@ -16,19 +16,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
 from srd.cluster import Node
 from srd.ha.custody import Custody
-from srd.ha.fleet import Fleet, on_all
+from srd.ha.fleet import Fleet
 from srd.ha.lease import endpoint_of
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SELECTED, Event
-from srd.model import Body, Endpoint, Role, SrdError
+from srd.model import AskPeer, Endpoint, Role, SrdError
 from srd.reconcile import boottime
 
 log = structlog.get_logger(__name__)
@@ -40,9 +40,6 @@ PROMOTION_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.01
 STEP_SECONDS: Final = 0.5
 CLAIM_SECONDS: Final = 1.0
-
-# (peer, topic, body, seconds) -> its answer, or SrdError
-AskPeer = Callable[[str, str, Body, float], Awaitable[Body]]
 
 
 class Promotion:
@@ -130,15 +127,7 @@ class Promotion:
             self._wake()
 
     async def _gather(self) -> None:
-        own = endpoint_of(self._fleet.config, self._node)
-        others = {name: client for name, client in self._fleet.redises.items() if name != self._node.name}
-
-        async def follow(redis: RedisClient) -> None:
-            if await redis.role(STEP_SECONDS) is Role.REPLICA:
-                await redis.follow(own, STEP_SECONDS)
-
-        led = await on_all(others, follow)
-        log.info("promoted", replicas=sorted(led))
+        log.info("promoted", replicas=await self._fleet.have_follow(self._node, STEP_SECONDS))
 
 
 def selection(event: Event) -> tuple[Endpoint | None, Endpoint | None]:

@@ -36,11 +36,11 @@ from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
 from srd.ha.losses import Loss, Losses
-from srd.ha.promotion import REIGN_TOPIC, AskPeer
+from srd.ha.promotion import REIGN_TOPIC
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
-from srd.model import RefusedError, Role, SrdError
+from srd.model import AskPeer, RefusedError, Role, SrdError
 from srd.reconcile import boottime
 from srd.state import Redis, Situation
 
@@ -72,6 +72,12 @@ class Switched:
     named: bool  # whether a majority of the sentinels has taken it up
 
 
+def is_heard(s: Situation, node: Node) -> bool:
+    """Return whether the srd of another node has said something lately."""
+    report = s.view.peers.get(node.name)
+    return report is not None and s.now - report.received <= REPORT_SECONDS
+
+
 def obstacles(s: Situation, successor: Node) -> list[str]:
     """Return, in words, what speaks against moving the primary from this node to another one now. Pure."""
     found = _own_obstacles(s)
@@ -79,7 +85,7 @@ def obstacles(s: Situation, successor: Node) -> list[str]:
     report, channel = s.view.peers.get(name), s.view.channels.get(name)
     if channel is not None and not channel.connected:
         found.append(f"the keying channel to {name} is down")
-    if report is None or s.now - report.received > REPORT_SECONDS:
+    if report is None or not is_heard(s, successor):
         found.append(f"the srd of {name} is not heard")
     elif not report.healthy:
         found.append(f"{name} says that it does not do its job")
@@ -232,16 +238,9 @@ class Switchover:
 
     async def _reattach(self) -> None:
         """Have every replica follow this node's redis again, if that is the primary still."""
-        own = endpoint_of(self._fleet.config, self._node)
-
-        async def follow(one: RedisClient) -> None:
-            if await one.role(STEP_SECONDS) is Role.REPLICA:
-                await one.follow(own, STEP_SECONDS)
-
         with contextlib.suppress(RespError):
             if await self._fleet.redises[self._node.name].role(STEP_SECONDS) is Role.PRIMARY:
-                others = {name: one for name, one in self._fleet.redises.items() if name != self._node.name}
-                await on_all(others, follow)
+                await self._fleet.have_follow(self._node, STEP_SECONDS)
 
     async def _hand_over(self, successor: Node, old: RedisClient, new: RedisClient) -> float:
         """Carry steps 2 to 6 out; return for how many seconds no write was taken."""

@@ -38,15 +38,6 @@ NAMES = ("n1", "n2", "n3")
 FOURTH = Node("n4", NodeKind.REDIS, (ip_address("127.0.1.4"),))
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path)
-    try:
-        yield cluster
-    finally:
-        cluster.kill_all()
-
-
 async def paced(cluster: Cluster) -> None:
     """Start everything, at the pace that srd sets."""
     await whole(cluster)

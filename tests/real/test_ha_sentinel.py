@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from support.patience import retrying
@@ -24,15 +23,6 @@ from srd.ha.strays import DOWN_AFTER_SECONDS
 from srd.model import Body, Endpoint, Role, SrdError
 from srd.reconcile import boottime
 from srd.state import Store, View
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path)
-    try:
-        yield cluster
-    finally:
-        cluster.kill_all()
 
 
 async def test_what_redis_and_sentinel_say_is_observed_as_it_is(cluster: Cluster) -> None:

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
 from support.primacies import NAMES, Srd, leader, running, settled, watched
-from support.sentinels import Cluster, raw, sentinel_client, until, whole
+from support.sentinels import Cluster, raw, sentinel_client, until
 
 from srd.changes import ChangeKind, RoleChange
 from srd.model import Service
 from srd.state import Child, ChildState, View
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path)
-    try:
-        yield made
-    finally:
-        made.kill_all()
-
-
-@pytest.fixture
-async def srds(cluster: Cluster) -> dict[str, Srd]:
-    """Three that do not run yet, over a cluster that does and whose primary is n1's."""
-    await whole(cluster)
-    made: dict[str, Srd] = {}
-    made.update({name: Srd(cluster, name, made) for name in NAMES})
-    return made
 
 
 async def the_same(

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from support.primacies import NAMES, Srd, leader, settled, three, watched, writes, writing
+from support.primacies import NAMES, Srd, leader, settled, watched, writes, writing
 from support.sentinels import Cluster, sentinel_client, until
 
 from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
 from srd.model import Pause, RefusedError
 from srd.state import View
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path)
-    try:
-        yield made
-    finally:
-        made.kill_all()
-
-
-@pytest.fixture
-async def srds(cluster: Cluster) -> dict[str, Srd]:
-    return await three(cluster)
 
 
 async def told(cluster: Cluster, srd: Srd, priority: int) -> None:

@@ -6,11 +6,9 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from support.primacies import NAMES, Srd, leader, running, settled, three, watched, writes, writing
+from support.primacies import NAMES, Srd, leader, running, settled, watched, writes, writing
 from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 
 from srd.cluster import DEFAULT_PRIORITY
@@ -18,20 +16,6 @@ from srd.ha.failover import REPLACE_SECONDS
 from srd.ha.redis import FENCED
 from srd.model import RefusedError, Role, Service, SrdError
 from srd.state import Child, ChildState
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    made = Cluster(tmp_path)
-    try:
-        yield made
-    finally:
-        made.kill_all()
-
-
-@pytest.fixture
-async def srds(cluster: Cluster) -> dict[str, Srd]:
-    return await three(cluster)
 
 
 def show(**figures: float) -> None:
