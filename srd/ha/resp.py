@@ -135,10 +135,21 @@ class Wire:
                     raise
                 except resp.ConnectionError:
                     # The other side may have closed a kept connection long ago, by a restart say; that is only seen at
-                    # its next use. Questions change nothing, so asking a second time is safe.
+                    # its next use. Questions change nothing, and a setting that is made twice is as if made once.
                     if not kept:
                         raise
                     return await self._exchange(commands)
+
+    async def tell(self, command: tuple[str, ...], *, seconds: float) -> Any:
+        """Send a command that must not be done twice, and return its reply, as `ask` does.
+
+        Over a new connection: one that was closed long ago is no reason to try again then, and nothing else is.
+        """
+        with _translated(self.subject):
+            async with asyncio.timeout(seconds), self._lock:
+                await self._connection.disconnect()
+                (reply,) = await self._exchange((command,))
+                return reply
 
     async def _exchange(self, commands: tuple[tuple[str, ...], ...]) -> list[Any]:
         try:

@@ -163,7 +163,7 @@ class SentinelClient:
 
         `UnexpectedReplyError` when it refuses: another failover is under way, or it knows no good replica.
         """
-        (reply,) = await self._wire.ask(("SENTINEL", "FAILOVER", self._master), seconds=seconds)
+        reply = await self._wire.tell(("SENTINEL", "FAILOVER", self._master), seconds=seconds)
         checked(self._wire.subject, reply, str)
 
     async def look_every(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:

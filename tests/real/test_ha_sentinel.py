@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import ipaddress
 import signal
 from collections.abc import AsyncIterator, Callable
 
@@ -17,7 +18,15 @@ from srd.ha.chronicle import Chronicle
 from srd.ha.fleet import Fleet
 from srd.ha.losses import Losses
 from srd.ha.observe import Observer
-from srd.ha.resp import LoadingError, RefusedError, RespError, UnexpectedReplyError, UnreachableError
+from srd.ha.resp import (
+    Credentials,
+    LoadingError,
+    RefusedError,
+    RespError,
+    UnexpectedReplyError,
+    UnreachableError,
+    Wire,
+)
 from srd.ha.sentinel import PACE, SUBSCRIBED, SentinelClient
 from srd.ha.strays import DOWN_AFTER_SECONDS
 from srd.model import Body, Endpoint, Role, SrdError
@@ -100,11 +109,65 @@ async def test_a_kept_connection_outlives_a_restart_of_redis(cluster: Cluster) -
     async with redis_client(cluster, "n1") as client, redis_client(cluster, "n1") as other:
         await retrying(RespError, seconds=20)(client.ping)
         first = await client.observe()
+        wire = Wire("redis", cluster.endpoint("n1"), Credentials("srd", SECRETS.srd_password))
+        await wire.ask(("PING",), seconds=1)
         cluster.kill("redis-n1")
         cluster.redis("n1")
         await retrying(RespError, seconds=20)(other.ping)
         second = await client.observe()
+        assert await wire.tell(("PING",), seconds=1) == "PONG"
+        await wire.close()
     assert first.run_id != second.run_id
+
+
+@contextlib.asynccontextmanager
+async def cut_after(word: bytes, target: Endpoint) -> AsyncIterator[Endpoint]:
+    """A wire to a redis on which whatever has this word arrives, and no answer to it comes: the connection breaks."""
+
+    async def pass_on(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter, then: Callable[[bytes], bool]
+    ) -> None:
+        while (data := await reader.read(65536)) and not then(data):
+            writer.write(data)
+        writer.write(data)
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await asyncio.open_connection(str(target.address), target.port)
+
+        def cut(data: bytes) -> bool:
+            if word in data:
+                writer.transport.abort()
+            return word in data
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(pass_on(reader, upstream_writer, cut))
+            group.create_task(pass_on(upstream_reader, writer, lambda _: False))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        host, port = server.sockets[0].getsockname()
+        yield Endpoint(ipaddress.ip_address(host), port)
+
+
+async def test_what_must_not_be_done_twice_is_told_once_even_if_its_connection_breaks(cluster: Cluster) -> None:
+    cluster.redis("n1", extra="min-replicas-to-write 0\n")
+    async with redis_client(cluster, "n1") as client:
+        await retrying(RespError, seconds=20)(client.ping)
+    async with cut_after(b"INCR", cluster.endpoint("n1")) as endpoint, raw(cluster, "n1") as application:
+        wire = Wire("redis", endpoint, Credentials("srd", SECRETS.srd_password))
+        await wire.ask(("PING",), seconds=1)
+        with pytest.raises(UnreachableError):
+            await wire.tell(("INCR", "told"), seconds=1)
+        await wire.ask(("PING",), seconds=1)
+        with pytest.raises(UnreachableError):
+            await wire.ask(("INCR", "asked"), seconds=1)
+        await wire.close()
+
+        async def done() -> bool:
+            return [await application.get(key) for key in ("told", "asked")] == [b"1", b"2"]
+
+        await until(done)
 
 
 async def test_a_redis_that_loads_is_observed_but_not_ready(cluster: Cluster) -> None:
