@@ -190,6 +190,22 @@ class Loop:
         self.last_error = sentence
 
 
+async def to_its_end(step: Coroutine[Any, Any, V]) -> V:
+    """Await what must not be left half done, and has a bound of its own: a cancellation is passed on when it ends."""
+    task = asyncio.create_task(step)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()  # seen: nobody else will ask for it
+        raise cancelled
+    return task.result()
+
+
 async def until_first(*bodies: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run the bodies side by side until the first one ends; cancel the others, await them, and raise its error if any.
 

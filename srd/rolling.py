@@ -15,7 +15,7 @@ from typing import Final
 from srd.cluster import Node
 from srd.conditions import Code, conditions
 from srd.ha.lease import endpoint_of, fresh
-from srd.ha.switchover import LAG_SECONDS, is_heard
+from srd.ha.successor import LAG_SECONDS, is_heard
 from srd.model import AskPeer, Body, RefusedError, Role, Service
 from srd.reconcile import contained
 from srd.state import ChildState, Situation, services_of

@@ -25,6 +25,8 @@ from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.observe import Observer
 from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, Promotion
+from srd.ha.redis import RedisClient
+from srd.ha.resp import RespError
 from srd.ha.restart import Death
 from srd.ha.switchover import Switched, Switchover
 from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, Service, SrdError
@@ -237,11 +239,14 @@ class Primacy:
 
     async def leave(self) -> None:
         """Move the primary away, if it is here, because this node is about to stop; where that is refused, say why."""
-        redis = self._situation().view.redis
-        if self._switchover is None or redis is None or redis.role is not Role.PRIMARY:
+        own = self._fleet.redises.get(self._node.name)
+        if self._switchover is None or own is None:
             return
         try:
             async with asyncio.timeout(LEAVING_SECONDS):
+                await self._switchover.settled()
+                if not await _leads(own):
+                    return
                 await self._switchover.run(None, cause="srd was stopped", by=self._node.name)
                 return
         except TimeoutError:
@@ -331,3 +336,11 @@ class Primacy:
             await self._died.wait()
             self._died.clear()
             await contained("failover", partial(self.failover.replace, self._node, "its redis has ended"))
+
+
+async def _leads(redis: RedisClient) -> bool:
+    """Whether a redis answers that it is primary."""
+    try:
+        return await redis.role() is Role.PRIMARY
+    except RespError:
+        return False

@@ -2,8 +2,9 @@
 
 The primary's srd does it, in this order (A is the primary, B its successor, S one sentinel):
 
-1. B is preferred (replica-priority), and S has seen that. As many other replicas as A can spare follow B already, which
-   passes A's stream on: without a replica B would refuse writes at first (min-replicas-to-write).
+1. B is preferred (replica-priority), and a majority of the sentinels, S among them, has seen that. As many other
+   replicas as A can spare follow B already, which passes A's stream on: without a replica B would refuse writes at
+   first (min-replicas-to-write).
 2. A: CLIENT PAUSE WRITE. What clients send from now on waits, and is not acknowledged.
 3. B has all that A has: the offsets are equal, 1 to 4 ms later. Not within `CATCH_UP_SECONDS`: everything is undone.
 4. A's srd stops using its lease: /primary says no here. A: REPLICAOF B. From now on nobody acknowledges a write.
@@ -16,33 +17,37 @@ Measured elsewhere and not done: SENTINEL FAILOVER alone leaves the old primary 
 of 90,000 lost); a pause that outlasts the failover writes what waited to the old primary when it ends (24,000 lost);
 redis' own FAILOVER tells no sentinel, which undo it half a minute later.
 
-If A's srd dies between 4 and 5 there is no primary, and Sentinel makes one after `down_after` and two of its own looks
-(a primary that reports being a replica is down); nobody has acknowledged a write meanwhile.
+Whoever stops A's srd meanwhile waits: steps 4 to 7 are done to their end, and each has its bound. Where A does not
+take step 4, or B not step 5 (a redis that hangs), A is primary again, with its own lease, of which B was not told.
+Should B do later what it was told, nobody is led to it, and the sentinels make a replica of it (sentinel.c,
++convert-to-slave). If A's srd is killed between 4 and 5 there is no primary, and Sentinel makes one after `down_after`
+and two of its own looks (a primary that reports being a replica is down); nobody has acknowledged a write meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
 
 from srd.changes import ChangeKind
-from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
+from srd.cluster import PREFERRED_PRIORITY, Node
 from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
-from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
+from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.promotion import REIGN_TOPIC
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
+from srd.ha.successor import choose, obstacles
 from srd.model import AskPeer, RefusedError, Role, SrdError
-from srd.reconcile import boottime
-from srd.state import Redis, Situation
+from srd.reconcile import boottime, to_its_end
+from srd.state import Situation
 
 log = structlog.get_logger(__name__)
 
@@ -54,10 +59,8 @@ LOOK_SECONDS: Final = 0.05
 # Longer than all of it takes, shorter than `down_after`: a paused primary answers no sentinel's hello.
 PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
-# How far behind a successor may be: what a link carries in far less than the pause.
-LAG_BYTES: Final = 1 << 20
-LAG_SECONDS: Final = 1
-REPORT_SECONDS: Final = 2.5
+# For a redis that hangs to be primary again; by then the sentinels have voted for another one.
+RETURN_SECONDS: Final = 10.0
 # The sentinel's own steps, 0.3 s, and the second until its INFO.
 NAMING_SECONDS: Final = 8.0
 
@@ -70,67 +73,6 @@ class Switched:
     gap_seconds: float
     seconds: float
     named: bool  # whether a majority of the sentinels has taken it up
-
-
-def is_heard(s: Situation, node: Node) -> bool:
-    """Return whether the srd of another node has said something lately."""
-    report = s.view.peers.get(node.name)
-    return report is not None and s.now - report.received <= REPORT_SECONDS
-
-
-def obstacles(s: Situation, successor: Node) -> list[str]:
-    """Return, in words, what speaks against moving the primary from this node to another one now. Pure."""
-    found = _own_obstacles(s)
-    redis, name, endpoint = s.view.redis, successor.name, endpoint_of(s.config, successor)
-    report, channel = s.view.peers.get(name), s.view.channels.get(name)
-    if channel is not None and not channel.connected:
-        found.append(f"the keying channel to {name} is down")
-    if report is None or not is_heard(s, successor):
-        found.append(f"the srd of {name} is not heard")
-    elif not report.healthy:
-        found.append(f"{name} says that it does not do its job")
-    if report is not None and report.drained:
-        found.append(f"{name} is drained")
-    replica = next((r for r in redis.replicas if r.endpoint == endpoint), None) if redis is not None else None
-    if replica is None or replica.state != "online" or redis is None:
-        found.append(f"the redis of {name} is no replica that is in step")
-    elif replica.lag_seconds > LAG_SECONDS or redis.offset - replica.offset > LAG_BYTES:
-        found.append(f"the redis of {name} is {redis.offset - replica.offset} bytes and {replica.lag_seconds} s behind")
-    return found
-
-
-def _own_obstacles(s: Situation) -> list[str]:
-    redis, lease = s.view.redis, s.view.lease
-    if redis is None or redis.role is not Role.PRIMARY or lease is None or not lease.held or s.now >= lease.expires:
-        return [f"{s.node.name} is not the primary that a majority of the sentinels names"]
-    answers = fresh(s.config, s.view.sentinels, s.now).values()
-    if any(FAILOVER_FLAG in answer.flags for answer in answers):
-        return ["the sentinels are replacing the primary already"]
-    naming = sum(1 for answer in answers if answer.primary == endpoint_of(s.config, s.node) and not answer.tilt)
-    if naming < s.config.majority:
-        return [f"{naming} of {len(s.config.voters)} sentinels name it; {s.config.majority} are a majority"]
-    return ["it takes no writes now, being fenced"] if s.view.fenced else []
-
-
-def choose(s: Situation, wanted: str | None) -> Node:
-    """Return whom to move the primary to; `RefusedError` says what speaks against it, or against each."""
-    candidates = [node for node in s.config.redis_nodes if node != s.node and wanted in (None, node.name)]
-    if wanted is None:
-        candidates = [node for node in candidates if node.priority != NEVER_PRIORITY]
-    if not candidates:
-        reason = f"there is no other node that runs redis and is named {wanted}" if wanted else "there is no other node"
-        raise RefusedError("switch over to", wanted or "another node", reason, "srd list shows the nodes")
-    against = {node: obstacles(s, node) for node in candidates}
-    fit = [node for node in candidates if not against[node]]
-    if not fit:
-        reasons = dict.fromkeys(reason for found in against.values() for reason in found)
-        raise RefusedError("switch over to", wanted or "another node", "; ".join(reasons), "srd status says more")
-    return min(fit, key=lambda node: (node.priority, -_offset(s.view.redis, s.config, node)))
-
-
-def _offset(redis: Redis | None, config: Config, node: Node) -> int:
-    endpoint = endpoint_of(config, node)
-    return next((r.offset for r in redis.replicas if r.endpoint == endpoint), 0) if redis is not None else 0
 
 
 class Switchover:
@@ -161,12 +103,17 @@ class Switchover:
         self._look = look
         self._busy = asyncio.Lock()
 
+    async def settled(self) -> None:
+        """Return when none is under way."""
+        async with self._busy:
+            pass
+
     def choose(self, wanted: str | None) -> Node:
         """Return whom it would go to now; `RefusedError` when it would not go."""
         return choose(self._situation(), wanted)
 
     async def run(self, wanted: str | None, *, cause: str, by: str) -> Switched:
-        """Move the primary; `SrdError` when it stays where it was, with everything as it was.
+        """Move the primary; `SrdError` when it stays where it was, or, where redis hangs, what was done about it.
 
         `cause` and `by` are what is written down of it: why, and who has asked.
         """
@@ -178,13 +125,12 @@ class Switchover:
             old, new = self._fleet.redises[self._node.name], self._fleet.redises[successor.name]
             log.warning("switching over", source=self._node.name, to=successor.name)
             try:
-                sentinel = await self._prefer(successor, new)
+                sentinels = await self._prefer(successor, new)
                 await self._attach(successor, new)
                 own = endpoint_of(self._fleet.config, self._node)
-                with self._noted(Loss(ChangeKind.SWITCHOVER, own, began, cause, by)):
-                    gap = await self._hand_over(successor, old, new)
-                self._losses.handed_over(gap)
-                named = await self._have_it_named(successor, sentinel)
+                loss = Loss(ChangeKind.SWITCHOVER, own, began, cause, by)
+                gap = await self._hand_over(successor, old, new, sentinels, loss)
+                named = await self._is_named(successor)
             except (SrdError, asyncio.CancelledError):
                 await self._reattach()
                 raise
@@ -195,18 +141,8 @@ class Switchover:
             log.warning("switched over", to=successor.name, gap_ms=round(gap * 1000, 1), named=named)
             return done
 
-    @contextlib.contextmanager
-    def _noted(self, loss: Loss) -> Iterator[None]:
-        """Have a change of primary put down to this; unless it ends in an error."""
-        self._losses.note(loss)
-        try:
-            yield
-        except (SrdError, asyncio.CancelledError):
-            self._losses.stayed()
-            raise
-
-    async def _prefer(self, successor: Node, new: RedisClient) -> SentinelClient:
-        """Prefer the successor; return a sentinel that knows and that can make the epoch."""
+    async def _prefer(self, successor: Node, new: RedisClient) -> list[SentinelClient]:
+        """Prefer the successor; return the sentinels that know, this node's own first. Others would choose anybody."""
         await new.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS)
         endpoint = endpoint_of(self._fleet.config, successor)
         try:
@@ -215,7 +151,8 @@ class Switchover:
                     seen = await on_all(self._fleet.sentinels, lambda one: one.priorities(STEP_SECONDS))
                     ready = [name for name, shown in seen.items() if shown.get(endpoint) == PREFERRED_PRIORITY]
                     if len(ready) >= self._fleet.config.majority:
-                        return self._fleet.sentinels[self._node.name if self._node.name in ready else ready[0]]
+                        ready.sort(key=lambda name: name != self._node.name)
+                        return [self._fleet.sentinels[name] for name in ready]
                     await asyncio.sleep(LOOK_SECONDS)
         except TimeoutError:
             reason = f"the sentinels do not see its priority within {PREFERENCE_SECONDS:g} s; nothing was changed"
@@ -242,8 +179,10 @@ class Switchover:
             if await self._fleet.redises[self._node.name].role(STEP_SECONDS) is Role.PRIMARY:
                 await self._fleet.have_follow(self._node, STEP_SECONDS)
 
-    async def _hand_over(self, successor: Node, old: RedisClient, new: RedisClient) -> float:
-        """Carry steps 2 to 6 out; return for how many seconds no write was taken."""
+    async def _hand_over(
+        self, successor: Node, old: RedisClient, new: RedisClient, sentinels: Sequence[SentinelClient], loss: Loss
+    ) -> float:
+        """Carry steps 2 to 7 out; return for how many seconds no write was taken."""
         await self._refreshed()
         if found := obstacles(self._situation(), successor):  # seconds have passed since that was asked
             raise RefusedError("switch over to", successor.name, "; ".join(found))
@@ -251,38 +190,61 @@ class Switchover:
         try:
             await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS)
             await _caught_up(successor, old, new)
-            await self._demote(successor, old)
         except (SrdError, asyncio.CancelledError):
             await _quietly(old.resume(STEP_SECONDS))
             raise
-        try:
-            await new.lead(STEP_SECONDS)
-        except RespError as error:
-            # It may have been done all the same: to take the old one back now could make two.
-            reason = f"{error}; {self._node.name} is a replica by now, and the sentinels make one of both primary"
-            raise SrdError("promote", successor.name, reason) from error
+
+        async def exchange_roles() -> float:
+            self._losses.note(loss)
+            try:
+                await self._demote(successor, old)
+                await _promote(successor, new)
+            except SrdError:
+                self._losses.stayed()
+                await self._lead_again(old)
+                raise
+            await self._have_it_reign(successor)
+            gap = boottime() - paused
+            self._losses.handed_over(gap)
+            await _quietly(old.end_clients(STEP_SECONDS))
+            await _quietly(old.resume(STEP_SECONDS))
+            await _make_epoch(sentinels)
+            return gap
+
+        # Half of it is no primary at all.
+        return await to_its_end(exchange_roles())
+
+    async def _demote(self, successor: Node, old: RedisClient) -> None:
+        """Say no to /primary, then be a replica."""
+        if self._custody.give(successor.name, boottime()) <= 0:
+            raise SrdError("switch over to", successor.name, "this node's lease has ended meanwhile")
+        self._judge()
+        await old.follow(endpoint_of(self._fleet.config, successor), STEP_SECONDS)
+
+    async def _have_it_reign(self, successor: Node) -> None:
+        """Have the successor's srd take the rest of the lease, say yes to /primary, and have the replicas follow."""
         try:
             await self._ask_peer(successor.name, REIGN_TOPIC, {"former": self._node.name}, STEP_SECONDS)
         except SrdError as error:
             log.warning("the successor's srd does not answer; it leads when the sentinels name it", error=str(error))
-        gap = boottime() - paused
-        await _quietly(old.end_clients(STEP_SECONDS))
-        await _quietly(old.resume(STEP_SECONDS))
-        return gap
 
-    async def _demote(self, successor: Node, old: RedisClient) -> None:
-        """Say no to /primary, then be a replica; undone when redis refuses."""
-        if self._custody.give(successor.name, boottime()) <= 0:
-            raise SrdError("switch over to", successor.name, "this node's lease has ended meanwhile")
+    async def _lead_again(self, old: RedisClient) -> None:
+        """Have this node's redis be the primary that it was, unless the sentinels name another one by then.
+
+        One that hangs is told until it answers: what it was told before is done before that.
+        """
+        own = endpoint_of(self._fleet.config, self._node)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETURN_SECONDS):
+                while self._situation().view.named in (None, own):
+                    with contextlib.suppress(RespError):
+                        if await old.role(STEP_SECONDS) is Role.PRIMARY:
+                            break
+                        await old.lead(STEP_SECONDS)
+                    await asyncio.sleep(LOOK_SECONDS)
+        self._custody.take_back()
         self._judge()
-        try:
-            await old.follow(endpoint_of(self._fleet.config, successor), STEP_SECONDS)
-        except (SrdError, asyncio.CancelledError):
-            # Whether it was done or not, and nobody has been promoted: it is the primary.
-            await _quietly(old.lead(STEP_SECONDS))
-            self._custody.take_back()
-            self._judge()
-            raise
+        await _quietly(old.resume(STEP_SECONDS))
 
     async def _refreshed(self) -> None:
         """Have as much left of the lease as can be: the successor needs it until the sentinels name it."""
@@ -296,19 +258,9 @@ class Switchover:
         s = self._situation()
         return s.view.lease.expires - s.now if s.view.lease is not None else 0.0
 
-    async def _have_it_named(self, successor: Node, sentinel: SentinelClient) -> bool:
-        """Have a sentinel make the epoch, and wait until a majority names the successor."""
+    async def _is_named(self, successor: Node) -> bool:
+        """Wait until a majority of the sentinels names the successor; return whether it does."""
         endpoint = endpoint_of(self._fleet.config, successor)
-        others = [one for one in self._fleet.sentinels.values() if one is not sentinel]
-        for one in (sentinel, *others):
-            try:
-                await one.fail_over(STEP_SECONDS)
-                break
-            except RespError as error:
-                log.warning("a sentinel refuses", sentinel=one.node, error=str(error))
-                # One that did not answer may have begun, and one that says so has: two that do it make one epoch twice.
-                if not isinstance(error, UnexpectedReplyError) or "INPROG" in str(error):
-                    break
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(NAMING_SECONDS):
                 while True:
@@ -318,6 +270,32 @@ class Switchover:
                     await asyncio.sleep(LOOK_SECONDS)
         log.error("the sentinels do not name the successor", successor=successor.name, seconds=NAMING_SECONDS)
         return False
+
+
+async def _promote(successor: Node, new: RedisClient) -> None:
+    """Make the successor a primary."""
+    try:
+        await new.lead(STEP_SECONDS)
+    except RespError as error:
+        # The answer may be lost where the order was not.
+        with contextlib.suppress(RespError):
+            if await new.role(STEP_SECONDS) is Role.PRIMARY:
+                return
+        raise SrdError("promote", successor.name, f"{error}; the primary is where it was") from error
+
+
+async def _make_epoch(sentinels: Sequence[SentinelClient]) -> None:
+    """Have one sentinel make the epoch in which the successor is named."""
+    for one in sentinels:
+        try:
+            await one.fail_over(STEP_SECONDS)
+        except RespError as error:
+            log.warning("a sentinel refuses", sentinel=one.node, error=str(error))
+            # One that did not answer may have begun, and one that says so has: two that do it make one epoch twice.
+            if not isinstance(error, UnexpectedReplyError) or "INPROG" in str(error):
+                return
+        else:
+            return
 
 
 async def _caught_up(successor: Node, old: RedisClient, new: RedisClient) -> None:

@@ -193,6 +193,66 @@ async def test_a_switchover_whose_successor_cannot_catch_up_leaves_everything_as
         assert (await successor.observe()).priority == DEFAULT_PRIORITY
 
 
+@pytest.mark.parametrize(("hanging", "step"), [("n1", "follow"), ("n2", "lead")])
+async def test_a_redis_that_hangs_in_the_middle_of_a_switchover_costs_seconds_and_makes_no_second_primary(
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch, hanging: str, step: str
+) -> None:
+    async with watched(srds, *NAMES):
+        redis = srds["n1"].primacy._fleet.redises[hanging]
+        really = getattr(redis, step)
+
+        async def hang(*arguments: object) -> None:
+            cluster.send(f"redis-{hanging}", signal.SIGSTOP)
+            monkeypatch.setattr(redis, step, really)
+            asyncio.get_running_loop().call_later(2.5, cluster.send, f"redis-{hanging}", signal.SIGCONT)
+            await really(*arguments)
+
+        monkeypatch.setattr(redis, step, hang)
+        began = time.monotonic()
+        with pytest.raises(SrdError, match="no answer in time"):
+            await srds["n1"].primacy.switch_over("n2", dry_run=False)
+        assert await leader(srds, NAMES) is srds["n1"]
+        await writes(cluster, "n1")
+        show(without=time.monotonic() - began)
+        assert time.monotonic() - began < 5
+        # What n2 was told it does in the end; it is a replica again all the same.
+        await settled(cluster, cluster.endpoint("n1"))
+        await srds["n2"].until(lambda view: view.redis is not None and view.redis.link_up)
+        assert srds["n1"].leads()
+
+
+async def test_a_switchover_whose_srd_is_stopped_in_the_middle_is_done_to_its_end(
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(srds, *NAMES):
+        successor = srds["n1"].primacy._fleet.redises["n2"]
+        really = successor.lead
+
+        async def stopped(seconds: float) -> None:
+            stopping.cancel()
+            await asyncio.sleep(0.1)
+            await really(seconds)
+
+        monkeypatch.setattr(successor, "lead", stopped)
+        switchover = srds["n1"].primacy._switchover
+        assert switchover is not None
+        stopping = asyncio.create_task(switchover.run("n2", cause="a test", by="n1"))
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert await leader(srds, NAMES) is srds["n2"]
+        await settled(cluster, cluster.endpoint("n2"))
+
+
+async def test_a_node_that_stops_during_a_switchover_waits_for_its_end(srds: dict[str, Srd]) -> None:
+    async with watched(srds, *NAMES):
+        async with asyncio.TaskGroup() as group:
+            switched = group.create_task(srds["n1"].primacy.switch_over("n3", dry_run=False))
+            await asyncio.sleep(0.05)
+            await srds["n1"].primacy.leave()
+            assert srds["n3"].leads(), "and moves nothing any more"
+        assert switched.result()["to"] == "n3"
+
+
 @pytest.mark.parametrize(
     ("to", "reason"),
     [("n1", "no other node that runs redis and is named n1"), ("n9", "named n9"), ("n3", "the srd of n3 is not heard")],
