@@ -1,9 +1,9 @@
 """The composition root: builds every part, hands each what it needs of the others, starts and stops them in order.
 
 Start: everything is checked before anything is changed; then policies, HTTP (503 `starting`), keys, and the services
-in the order of desired.py. Stop (SIGTERM, SIGINT): the primary moves away if it can; then stunnel,
-sentinel, redis, each with its grace; SAs and policies stay. When srd dies without a stop, or is restarted by the service manager, all of it stays: the next srd
-adopts the children and reads the kernel.
+in the order of desired.py. Stop (SIGTERM, SIGINT): the primary moves away if it can; then stunnel, sentinel, redis,
+each with its grace; SAs and policies stay. When srd dies without a stop, or is restarted by the service manager, all
+of it stays: the next srd adopts the children and reads the kernel.
 """
 
 from __future__ import annotations

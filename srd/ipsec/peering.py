@@ -33,8 +33,7 @@ REKEY_SECONDS: Final = 3600.0
 REKEY_JITTER: Final = 0.1
 # Keys that somebody deletes again and again, or that never suffice, must not keep two nodes busy.
 RENEWAL_FLOOR_SECONDS: Final = 0.5
-# A question has its answer at once, or the promise of one; what needs long is asked for again.
-ANSWERERS: Final = 2
+# Of what a peer asks, at a time. Each question is answered by itself: one that takes long delays no other.
 MOST_ASKED: Final = 16
 # A peer that is down is tried at least this often: a SYN costs less than a second more without heartbeats.
 RETRY_SECONDS: Final = 2.0
@@ -66,7 +65,7 @@ class Peering:
         self.peer = peer
         self._answer = answer
         self._number = 0
-        self._asked: dict[int, asyncio.Future[Told]] = {}
+        self._asked: dict[int, tuple[TlsChannel, asyncio.Future[Told]]] = {}
         self._make = make
         self._beat = beat
         self._wants_keys = wants_keys
@@ -102,16 +101,19 @@ class Peering:
         return renewed
 
     async def ask(self, topic: str, body: Body, seconds: float) -> Body:
-        """Return the peer's answer; `KeyingError` when it refuses one, is not connected, or takes too long."""
-        operation = f"ask about the {topic}"
-        if self._live is None:
+        """Return the peer's answer; `KeyingError` when it refuses one, is not connected, or takes too long.
+
+        An answer ends with its connection, which new keys replace, too; what was asked may have been done.
+        """
+        operation, channel = f"ask about the {topic}", self._live
+        if channel is None:
             raise KeyingError(operation, self.peer.name, "it is not connected")
         self._number = number = self._number + 1
         answered: asyncio.Future[Told] = asyncio.get_running_loop().create_future()
-        self._asked[number] = answered
+        self._asked[number] = channel, answered
         try:
             async with asyncio.timeout(seconds):
-                await self._live.send(Ask(number, topic, body))
+                await channel.send(Ask(number, topic, body))
                 told = await answered
         except TimeoutError:
             raise KeyingError(operation, self.peer.name, f"no answer within {seconds:g} s") from None
@@ -221,10 +223,9 @@ class Peering:
         The one that is replaced ends with the first heartbeat on its successor, by which both ends know of that:
         were it closed before, the other end would take it for a failure.
         """
-        asked: asyncio.Queue[Ask] = asyncio.Queue(MOST_ASKED)
-        answerers = [partial(self._answer_all, channel, asked) for _ in range(ANSWERERS)]
+        answering: set[asyncio.Task[None]] = set()
         try:
-            await until_first(partial(self._listen, channel, asked), partial(self._speak, channel), *answerers)
+            await until_first(partial(self._listen, channel, answering), partial(self._speak, channel))
         except KeyingError as error:
             if self._live is channel:
                 self._live = None
@@ -235,16 +236,25 @@ class Peering:
                 self._live = None
                 self._end_former()
                 self._due.set()
+            for asked, answered in self._asked.values():
+                if asked is channel and not answered.done():
+                    answered.set_result(Told(0, {}, "its connection ended before there was an answer"))
+            for task in answering:
+                task.cancel()
+            if answering:
+                await asyncio.wait(answering)
 
-    async def _listen(self, channel: TlsChannel, asked: asyncio.Queue[Ask]) -> None:
+    async def _listen(self, channel: TlsChannel, answering: set[asyncio.Task[None]]) -> None:
         while True:
             word = await channel.receive(cast("type[Word]", Word), SILENCE_SECONDS)
             if isinstance(word, Ask):
-                if asked.full():
+                if len(answering) >= MOST_ASKED:
                     raise KeyingError("listen to", self.peer.name, f"it asks more than {MOST_ASKED} things at once")
-                asked.put_nowait(word)
+                task = asyncio.create_task(self._answer_to(channel, word))
+                answering.add(task)
+                task.add_done_callback(answering.discard)
             elif isinstance(word, Told):
-                answered = self._asked.get(word.number)
+                _, answered = self._asked.get(word.number, (None, None))
                 if answered is not None and not answered.done():
                     answered.set_result(word)
             else:
@@ -257,14 +267,16 @@ class Peering:
             if beat.wants_keys:
                 self._due.set()
 
-    async def _answer_all(self, channel: TlsChannel, asked: asyncio.Queue[Ask]) -> None:
-        while True:
-            question = await asked.get()
-            try:
-                told = Told(question.number, await self._answer(self.peer.name, question.topic, question.body))
-            except SrdError as error:
-                told = Told(question.number, {}, str(error))
-            await channel.send(told)
+    async def _answer_to(self, channel: TlsChannel, question: Ask) -> None:
+        body: Body = {}
+
+        async def answer() -> None:
+            nonlocal body
+            body = await self._answer(self.peer.name, question.topic, question.body)
+
+        refusal = await contained(f"the answer about the {question.topic}", answer, log_failure=_log_defect)
+        with contextlib.suppress(KeyingError):  # whoever listens finds out, too
+            await channel.send(Told(question.number, body, refusal or ""))
 
     async def _speak(self, channel: TlsChannel) -> None:
         while True:
@@ -333,3 +345,9 @@ class Peering:
     def _update(self, record: Channel) -> None:
         self._record = record
         self._changed(record)
+
+
+def _log_defect(sentence: str, detail: BaseException | None) -> None:
+    """A refusal is said to the peer alone."""
+    if detail is not None:
+        log.error("failed", error=sentence, exc_info=detail)

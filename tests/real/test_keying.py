@@ -16,12 +16,12 @@ from support.keyings import FAST_AES, SOFTWARE_AES, esp, keying_of, running
 from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Node
 from srd.ipsec.exchange import STEP_SECONDS
 from srd.ipsec.keying import MAX_HANDSHAKES
-from srd.ipsec.peering import BEAT_SECONDS, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
+from srd.ipsec.peering import BEAT_SECONDS, MOST_ASKED, RENEWAL_FLOOR_SECONDS, SILENCE_SECONDS
 from srd.ipsec.protocol import KeyingError
 from srd.ipsec.sas import Generation
 from srd.ipsec.serials import SerialsFile
 from srd.ipsec.strangers import STRANGER_PAUSE_SECONDS
-from srd.model import Identity, NodeKind, SrdError, Suite, TimedOutError
+from srd.model import Body, Identity, NodeKind, RefusedError, SrdError, Suite, TimedOutError
 from srd.reconcile import boottime
 from srd.trust.bundle import Bundle, load_bundle
 from srd.trust.issuing import add_node, renew_node
@@ -432,3 +432,39 @@ async def test_the_leader_connects_from_the_eight_client_ports(bundles: dict[str
     listener.close()
     assert address[0] == "127.0.1.1"
     assert address[1] in KEYING_CLIENT_PORTS
+
+
+async def test_questions_are_answered_each_by_itself_and_end_with_their_connection(bundles: dict[str, Bundle]) -> None:
+    began: list[str] = []
+
+    async def answer(peer: str, topic: str, body: Body) -> Body:
+        began.append(topic)
+        if topic == "slow":
+            await asyncio.sleep(20)
+        if topic == "refused":
+            raise RefusedError("answer", topic, f"{peer} is to know why")
+        return {"you": peer, **body, "defect": 1 // (topic != "defect")}
+
+    tables = Tables()
+    nodes = [keying_of(bundles[name], tables, FAST_AES, answer=answer) for name in ("redis-1", "redis-2")]
+    (one, store), _ = nodes
+    async with running(*(keying for keying, _ in nodes)):
+        await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        slow = [asyncio.create_task(one.ask("redis-2", "slow", {}, 20)) for _ in range(MOST_ASKED - 1)]
+        await asyncio.sleep(0)
+        assert await one.ask("redis-2", "quick", {"n": 7}, 5) == {"you": "redis-1", "n": 7, "defect": 1}
+        assert began == ["slow"] * len(slow) + ["quick"]
+        with pytest.raises(KeyingError, match=r"cannot ask about the refused redis-2: .*redis-1 is to know why"):
+            await one.ask("redis-2", "refused", {}, 5)
+        with pytest.raises(KeyingError, match="failed unexpectedly: ZeroDivisionError"):
+            await one.ask("redis-2", "defect", {}, 5)
+        with pytest.raises(KeyingError, match=r"no answer within 0\.2 s"):
+            await one.ask("redis-2", "slow", {}, 0.2)
+        # Its answer is still to come, so that is one too many now.
+        with pytest.raises(KeyingError, match="its connection ended"):
+            await one.ask("redis-2", "quick", {}, 15)
+        for ended in asyncio.as_completed(slow):
+            with pytest.raises(KeyingError, match="its connection ended"):
+                await ended
+        await store.wait_for(lambda view: view.channels["redis-2"].connected, 20)
+        assert (await one.ask("redis-2", "quick", {}, 5))["you"] == "redis-1"
