@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from srd.cluster import NEVER_PRIORITY, Config, Node
-from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh
+from srd.ha.lease import FAILOVER_FLAG, PROMOTED_FLAG, endpoint_of, fresh
 from srd.model import RefusedError, Role
 from srd.state import Redis, Situation
 
@@ -48,8 +48,9 @@ def _own_obstacles(s: Situation) -> list[str]:
     if redis is None or redis.role is not Role.PRIMARY or lease is None or not lease.held or s.now >= lease.expires:
         return [f"{s.node.name} is not the primary that a majority of the sentinels names"]
     answers = fresh(s.config, s.view.sentinels, s.now).values()
-    if any(FAILOVER_FLAG in answer.flags for answer in answers):
-        return ["the sentinels are replacing the primary already"]
+    # Until its leader has ended a failover, it refuses to make the epoch of another (sentinel.c, -INPROG).
+    if any(answer.flags & {FAILOVER_FLAG, PROMOTED_FLAG} for answer in answers):
+        return ["a failover of the sentinels has not ended yet"]
     naming = sum(1 for answer in answers if answer.primary == endpoint_of(s.config, s.node) and not answer.tilt)
     if naming < s.config.majority:
         return [f"{naming} of {len(s.config.voters)} sentinels name it; {s.config.majority} are a majority"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from support.patience import retrying
 from support.primacies import NAMES, Srd, leader, settled, watched, writes, writing
 from support.sentinels import Cluster, sentinel_client, until
 
@@ -99,5 +100,6 @@ async def test_during_a_pause_a_dead_primary_is_left_to_the_sentinels_who_do_rep
         await writes(cluster, successor.name)
         await settled(cluster, cluster.endpoint(successor.name))
         (other,) = {"n2", "n3"} - {successor.name}
-        back = await srds["n2"].primacy.switch_over(other, dry_run=False)
+        # Each srd sees for itself that the failover has ended.
+        back = await retrying(RefusedError, seconds=20)(srds["n2"].primacy.switch_over, other, dry_run=False)
         assert (back["to"], back["named"]) == (other, True), "what is asked for by hand is done"

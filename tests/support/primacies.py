@@ -17,6 +17,7 @@ import redis.exceptions
 from redis.asyncio import Redis as RawRedis
 
 from srd.annals import Annals
+from srd.ha.lease import PROMOTED_FLAG
 from srd.ha.primacy import Primacy
 from srd.model import Body, Endpoint, Paths, RefusedError, Role, Service
 from srd.reconcile import boottime, until_first
@@ -157,13 +158,14 @@ async def watched(srds: dict[str, Srd], *names: str) -> AsyncIterator[None]:
 
 
 async def settled(cluster: Cluster, primary: Endpoint, seconds: float = 20, among: tuple[str, ...] = NAMES) -> None:
-    """Wait until each of these sentinels names this primary and judges it by what is configured."""
+    """Wait until each of these sentinels names this primary, judges it as configured, and has ended its failover."""
     for name in among:
         async with sentinel_client(cluster, name) as asked:
 
             async def done(asked: object = asked) -> bool:
                 answer = await asked.ask()  # type: ignore[attr-defined]
-                return answer.primary == primary and answer.down_after == cluster.config.sentinel.down_after
+                own = answer.primary == primary and PROMOTED_FLAG not in answer.flags
+                return own and answer.down_after == cluster.config.sentinel.down_after
 
             await until(done, seconds)
 
