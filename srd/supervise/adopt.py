@@ -46,6 +46,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 REGISTER_NAME: Final = "children.json"
 MARKER_NAME: Final = "initialized"  # there once this node has been part of its cluster
+FOLLOWS_NAME: Final = "follows"  # there while redis was last in step with a primary: it has no writes of its own
 _SCHEMA: Final = 1
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 DIRECTORY: Final = "kept"
-# Each may come to be as large as the data set. The second is for a restart that follows soon on the one that mattered.
+# Each may come to be as large as the data set. The second is for one that is made soon after the one that mattered.
 COPIES: Final = 2
 
 
@@ -24,10 +25,15 @@ def keep(data: Path, wall_clock: float) -> Path | None:
     """Link the files of a redis' data directory into a directory of their own; return it, None if there are none.
 
     Raises `OSError`. Older copies than the last `COPIES` are removed, and so is what an interrupted attempt has left.
+    As long as redis has the very files of the last copy, that is the copy: a redis that is started again and again
+    pushes none out.
     """
     files = [path for path in (data / "dump.rdb", *data.glob("appendonlydir/*")) if path.is_file()]
     if not files:
         return None
+    last = latest(data)
+    if last is not None and _inodes(files, data) == _inodes(last.rglob("*"), last):
+        return last
     copies = data / DIRECTORY
     copy = copies / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(wall_clock))
     if copy.exists():
@@ -48,6 +54,10 @@ def keep(data: Path, wall_clock: float) -> Path | None:
 def latest(data: Path) -> Path | None:
     """Return the last copy, None if there is none. Raises `OSError`."""
     return next(reversed(_copies(data)), None)
+
+
+def _inodes(paths: Iterable[Path], root: Path) -> dict[Path, int]:
+    return {path.relative_to(root): path.stat().st_ino for path in paths if path.is_file()}
 
 
 def _copies(data: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from srd.listening import Listeners
 from srd.model import ConfigError, Endpoint, NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import boottime
 from srd.supervise import kept, programs, render
-from srd.supervise.adopt import Register, argv_hash, record_of
+from srd.supervise.adopt import FOLLOWS_NAME, Register, argv_hash, record_of
 from srd.supervise.become import send_signal
 from srd.supervise.files import Owner, make_service_directory, write_private
 from srd.supervise.running import Running
@@ -128,7 +128,7 @@ class Launcher:
 
     def _write_redis(self, owner: Owner, start: Start) -> None:
         directory = self._paths.service_dir(Service.REDIS)
-        if start.primary is not None:
+        if start.primary is not None and not (self._paths.state_dir / FOLLOWS_NAME).exists():
             self.keep_data()
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
         write_private(self._file(Service.REDIS), text.encode(), owner)

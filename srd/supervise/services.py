@@ -17,10 +17,11 @@ import structlog
 from srd import desired
 from srd.cluster import Config, Node
 from srd.listening import Listeners
-from srd.model import Paths, Secrets, Service, SrdError
+from srd.model import Paths, Role, Secrets, Service, SrdError
 from srd.reconcile import until_first
 from srd.state import Situation, Store, services_of
 from srd.supervise.adopt import (
+    FOLLOWS_NAME,
     MARKER_NAME,
     REGISTER_NAME,
     Found,
@@ -44,6 +45,8 @@ log = structlog.get_logger(__name__)
 # What a busy balancer may have under way at once while stunnel is started; the kernel bounds it by net.core.somaxconn.
 TLS_BACKLOG: Final = 4096
 STUNNEL_GRACE_SECONDS: Final = 2.0
+# For links within one file system. A disk that hangs keeps no replaced primary from following its successor.
+KEEPING_SECONDS: Final = 2.0
 SENTINEL_GRACE_SECONDS: Final = 5.0
 
 
@@ -109,9 +112,11 @@ class Services:
         self._undecided: dict[Service, Record] = {}  # recorded children that were not told alive or gone so far
         self._complained: set[Service] = set()
         self._kept_shown_for: int | None = 0  # the pid of the redis whose start was the last that may have made a copy
+        self._keeping: asyncio.Future[None] | None = None
         self._looked = False
         self._adopted_stunnel = False  # and nobody has compared its certificate with the bundle's yet
         self._initialized = False
+        self._follows: bool | None = None  # as it is written down
         self._by_hand: set[Service] = set()  # ended by a person, to be started again
         self._ending = False
         self._one_pass = asyncio.Lock()
@@ -161,6 +166,7 @@ class Services:
                 elif process.state in RUNNING:
                     await process.stop(self.grace(service))
             await self._note_joined()
+            await self._note_following()
             self._publish()
             redis = self._processes.get(Service.REDIS)
             if redis is not None and (pid := redis.snapshot().pid) != self._kept_shown_for:
@@ -196,8 +202,13 @@ class Services:
         self._wake()
 
     async def keep_data(self) -> None:
-        """Keep a copy of redis' files, which are about to be replaced by another node's."""
-        await asyncio.to_thread(self._launcher.keep_data)
+        """Keep a copy of redis' files, which are about to be replaced by another node's, if the disk is so quick."""
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.ensure_future(asyncio.to_thread(self._launcher.keep_data))
+        await asyncio.wait((self._keeping,), timeout=KEEPING_SECONDS)
+        if not self._keeping.done():
+            log.warning("going on without a copy of redis' files", why=f"none within {KEEPING_SECONDS:g} s")
+            return
         await self._show_kept()
 
     async def _show_kept(self) -> None:
@@ -316,3 +327,18 @@ class Services:
         await asyncio.to_thread(write_private, self._paths.state_dir / MARKER_NAME, b"")
         self._initialized = True
         self._write_initialized(True)
+
+    async def _note_following(self) -> None:
+        """Write down whether redis has only what its primary has: started as a replica, it keeps no copy of that."""
+        redis = self._situation().view.redis
+        if redis is None or redis.loading:
+            return
+        follows = redis.role is Role.REPLICA and redis.link_up and not redis.sync_in_progress
+        if follows == self._follows or not (follows or redis.role is Role.PRIMARY):
+            return  # one that has lost its primary still has what it was sent
+        file = self._paths.state_dir / FOLLOWS_NAME
+        if follows:
+            await asyncio.to_thread(write_private, file, b"")
+        else:
+            await asyncio.to_thread(partial(file.unlink, missing_ok=True))
+        self._follows = follows

@@ -10,19 +10,24 @@ import random
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-from support.nodes import QUICK, Member, eventually, freeze, world
+from support.nodes import PATIENCE, QUICK, Member, Supervised, eventually, freeze, world
 
 from srd.desired import Start
-from srd.model import Pause, Service
-from srd.state import ChildState, Symptom
+from srd.ha.lease import endpoint_of
+from srd.ha.redis import RedisClient
+from srd.model import Pause, Role, Service
+from srd.reconcile import boottime
+from srd.state import ChildState, Redis, Store, Symptom
 from srd.supervise.adopt import MARKER_NAME, REGISTER_NAME
 from srd.supervise.programs import check_endpoint, check_ports, listen_endpoints
+from srd.supervise.services import KEEPING_SECONDS
 
 
 def shown_to_all(pid: int | None) -> bytes:
@@ -411,3 +416,68 @@ async def test_during_a_pause_a_child_that_ends_stays_down_until_a_person_starts
                     pause(Pause(2, 0.0))
                     node.loop.wake()
                 await node.all_ready()
+
+
+async def observed(node: Supervised, write: Callable[[Redis], None], *, role: Role) -> None:
+    """Have it known what redis says of itself, once that is its role and nothing is under way."""
+    client = RedisClient(endpoint_of(node.member.config, node.member.node), node.member.secrets)
+
+    async def settled() -> bool:
+        seen = await client.observe()
+        write(seen)
+        return seen.role is role and not seen.loading and seen.link_up is (role is Role.REPLICA)
+
+    try:
+        async with asyncio.timeout(PATIENCE):
+            while not await settled():  # noqa: ASYNC110 - redis announces nothing
+                await asyncio.sleep(0.05)
+    finally:
+        await client.close()
+    await node.services.reconcile()
+
+
+async def test_what_only_a_primary_had_is_kept_and_restarts_as_a_replica_do_not_push_it_out() -> None:
+    with world(nodes=2) as (first, second):
+        copies = second.paths.service_dir(Service.REDIS) / "kept"
+        second.start = Start()
+        async with first.supervised() as leading, second.supervised() as node:
+            write = node.store.writer("redis")
+            await leading.all_ready()
+            await node.all_ready()
+            await observed(node, write, role=Role.PRIMARY)
+            await second.ask("SAVE")
+            second.start = Start(primary=endpoint_of(first.config, first.node))
+            for _ in range(2):
+                await node.services.restart(Service.REDIS)
+                await node.all_ready()
+                await observed(node, write, role=Role.REPLICA)
+                assert len(list(copies.iterdir())) == 1
+                await second.ask("SAVE")
+            second.start = Start()
+            await node.services.restart(Service.REDIS)
+            await node.all_ready()
+            await observed(node, write, role=Role.PRIMARY)
+            second.start = Start(primary=endpoint_of(first.config, first.node))
+            await node.services.restart(Service.REDIS)
+            await node.all_ready()
+            view = await node.until(lambda view: view.kept is not None)
+            assert view.kept == str(max(copies.iterdir()))
+            assert len(list(copies.iterdir())) == 2
+
+
+async def test_a_disk_that_hangs_does_not_keep_a_replaced_primary_from_following(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hanging, attempts = threading.Event(), []
+    with world() as (member,):
+        services = member.supervisor(lambda: None, Store(boottime()))
+        monkeypatch.setattr(services._launcher, "keep_data", lambda: attempts.append(hanging.wait(30)))
+        began = boottime()
+        await services.keep_data()
+        await services.keep_data()
+        assert KEEPING_SECONDS * 2 <= boottime() - began < 15
+        assert attempts == [], "and it is tried once at a time"
+        hanging.set()
+        await services.keep_data()
+        assert attempts == [True]
+        services.release()

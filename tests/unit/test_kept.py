@@ -24,12 +24,17 @@ def files(copy: Path) -> dict[str, str]:
     return {str(path.relative_to(copy)): path.read_text() for path in sorted(copy.rglob("*")) if path.is_file()}
 
 
+def replace_files(data: Path) -> None:
+    """Do what redis does when it takes another node's data."""
+    new = data / "temp.rdb"
+    new.write_text("another node's")
+    new.rename(data / "dump.rdb")
+
+
 def test_a_copy_keeps_what_redis_replaces_and_is_named_by_its_time(data: Path) -> None:
     copy = kept.keep(data, NOON)
     assert copy == data / "kept" / "20231114T221320Z" == kept.latest(data)
-    replacement = data / "temp.rdb"
-    replacement.write_text("another node's")
-    replacement.rename(data / "dump.rdb")
+    replace_files(data)
     (data / "appendonlydir" / "appendonly.aof.1.incr.aof").unlink()
     assert files(copy) == {"appendonlydir/appendonly.aof.1.incr.aof": "a write", "dump.rdb": "all until noon"}
 
@@ -47,9 +52,22 @@ def test_where_there_is_no_data_there_is_no_copy(tmp_path: Path) -> None:
 
 
 def test_the_last_two_copies_stay(data: Path) -> None:
-    copies = [kept.keep(data, NOON + minutes * 60) for minutes in range(4)]
+    copies = []
+    for minutes in range(4):
+        copies.append(kept.keep(data, NOON + minutes * 60))
+        replace_files(data)
     assert sorted((data / "kept").iterdir()) == copies[-2:]
     assert kept.latest(data) == copies[-1]
+
+
+def test_a_redis_that_is_started_again_and_again_pushes_no_copy_out(data: Path) -> None:
+    mattered = kept.keep(data, NOON)
+    replace_files(data)
+    second = kept.keep(data, NOON + 60)
+    assert {kept.keep(data, NOON + 60 * minutes) for minutes in range(2, 9)} == {second}
+    assert sorted((data / "kept").iterdir()) == [mattered, second]
+    (data / "appendonlydir" / "appendonly.aof.2.incr.aof").write_text("more of its own")
+    assert kept.keep(data, NOON + 600) != second
 
 
 def test_two_starts_in_one_second_are_one_copy(data: Path) -> None:
