@@ -183,8 +183,9 @@ class DiskTrouble(enum.StrEnum):
 class SentinelAnswer:
     """What one node's sentinel last said; `asked` is CLOCK_BOOTTIME seconds of when it was asked, not of the answer.
 
-    `down_after`, `unanswered` and the vote are of the primary that it shows, which is the former one while a failover
-    ends. `vote` is the id of the sentinel that it has last voted for as the leader of a failover, in `vote_epoch`, and
+    `took` is for how many seconds it was waited for. `down_after`, `unanswered` and the vote are of the primary that it
+    shows, which is the former one while a failover ends; `unanswered` is the latest that it can be, by at most `took`.
+    `vote` is the id of the sentinel that it has last voted for as the leader of a failover, in `vote_epoch`, and
     `vote_seen` is since when that is known.
     """
 
@@ -204,6 +205,7 @@ class SentinelAnswer:
     vote: str | None = None
     vote_epoch: int = 0
     vote_seen: float = 0.0
+    took: float = 0.0
 
 
 class Trouble(enum.StrEnum):

@@ -44,6 +44,8 @@ CHOICE_SECONDS: Final = 3.0
 # For one step at all nodes that answer; one that does not is waited for as long.
 STEP_SECONDS: Final = 0.5
 STEERING_SECONDS: Final = 1.5
+# Sentinels that were not of one mind may be so soon: one was just starting, or had an older name still.
+UNFIT_SECONDS: Final = 1.0
 
 # From the first ping without a reply to the moment when the sentinels are hurried. The node's lease ends 2.0 s after
 # the cut at the latest (cluster.LEASE_SECONDS), srd's own fence falls by 2.1 s after it (a question every 0.5 s,
@@ -151,13 +153,14 @@ class Failover:
         if self._busy.locked() or (self._tried is not None and self._tried[0] == endpoint and now < self._tried[1]):
             return
         async with self._busy:
-            # Sentinels that voted without a result try again after twice the failover-timeout, and not before.
-            self._tried = endpoint, now + 2 * config.sentinel.failover_timeout
+            self._tried = endpoint, now + UNFIT_SECONDS
             self._chosen.clear()
             reason = await self._unfit(endpoint)
             if reason is not None:
                 log.warning("leaving it to the sentinels", primary=primary.name, why=reason)
                 return
+            # Sentinels that voted without a result try again after twice the failover-timeout, and not before.
+            self._tried = endpoint, now + 2 * config.sentinel.failover_timeout
             log.warning("hurrying the sentinels", primary=primary.name, why=why)
             self._hurrying(primary, why)
             await self._steer(primary)

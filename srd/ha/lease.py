@@ -109,7 +109,8 @@ def _counts_from(answer: SentinelAnswer) -> float:
     """Return the last moment of which the answer says something; what a leader shows is of the former primary."""
     if answer.unanswered is None or PROMOTED_FLAG in answer.flags:
         return answer.asked
-    return min(answer.asked, answer.unanswered)
+    # When that ping left is known up to the time that the answer took: here the earliest is safe.
+    return min(answer.asked, answer.unanswered - answer.took)
 
 
 def _supports(

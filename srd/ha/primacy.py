@@ -274,15 +274,18 @@ class Primacy:
         """Do the switchovers that are asked for, one at a time."""
         while True:
             to, by, done = await self._wanted.get()
-            try:
-                cause = "srd switchover" if to is None else f"srd switchover --to {to}"
-                result = await switchover.run(to, cause=cause, by=by)
-            except SrdError as error:
-                if not done.done():
+            cause = "srd switchover" if to is None else f"srd switchover --to {to}"
+
+            async def switch(
+                to: str | None = to, by: str = by, cause: str = cause, done: asyncio.Future[Switched] = done
+            ) -> None:
+                try:
+                    done.set_result(await switchover.run(to, cause=cause, by=by))
+                except SrdError as error:
                     done.set_exception(error)
-            else:
-                if not done.done():
-                    done.set_result(result)
+
+            if (defect := await contained("switchover", switch)) is not None:
+                done.set_exception(SrdError("switch over from", self._node.name, defect))
 
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
         """Answer another node's srd; `RefusedError` says why not. A client's has no say in who is primary."""

@@ -29,7 +29,7 @@ from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SELECTED, Event
 from srd.model import AskPeer, Endpoint, Role, SrdError
-from srd.reconcile import boottime
+from srd.reconcile import boottime, contained
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +76,7 @@ class Promotion:
             await self._selected.wait()
             self._selected.clear()
             if await self._promoted(self._fleet.redises[self._node.name]):
-                await self._reign()
+                await contained("promotion", self._reign)
 
     async def _promoted(self, own: RedisClient) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -107,7 +107,7 @@ class Promotion:
         while True:
             await self._followers.wait()
             self._followers.clear()
-            await self._gather()
+            await contained("promotion", self._gather)
 
     async def _claim(self) -> None:
         config = self._fleet.config

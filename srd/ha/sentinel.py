@@ -104,6 +104,7 @@ class SentinelClient:
         flags = master.get("flags", lambda text: frozenset(text.split(",")))
         pending = master.get("last-ping-sent", int)  # milliseconds since the first ping without a reply; 0 if none
         _, leader, epoch = checked(subject, voted, list)
+        answered = self._clock()
         return SentinelAnswer(
             node=self.node,
             asked=asked,
@@ -117,10 +118,11 @@ class SentinelClient:
             flags=flags if self._watched == primary else frozenset({PROMOTED_FLAG}),
             down_after=master.get("down-after-milliseconds", int) / 1000,
             # Counted from the answer, so at most later than it was: nobody is taken for silent too soon.
-            unanswered=self._clock() - pending / 1000 if pending else None,
+            unanswered=answered - pending / 1000 if pending else None,
             run_id=checked(subject, own_id, str),
             vote=None if leader == NOBODY else str(leader),
             vote_epoch=int(epoch),
+            took=answered - asked,
         )
 
     async def keep_pace(self, seconds: float = ANSWER_SECONDS) -> None:

@@ -226,6 +226,8 @@ def test_a_sentinel_that_has_voted_for_a_replacement_does_not_count(
 def test_an_answer_counts_no_later_than_from_the_first_ping_without_a_reply() -> None:
     own, other = answer("n1", N1, 10.0), answer("n2", N1, 10.0, unanswered=8.5)
     assert assess(CONFIG, NODE1, answers(own, other), 10.1).expires == 10.5
+    slow = answer("n2", N1, 10.0, unanswered=8.5, took=0.5)
+    assert assess(CONFIG, NODE1, answers(own, slow), 10.0).expires == 10.0, "that ping left 0.5 s sooner, maybe"
     assert assess(CONFIG, NODE1, answers(own, answer("n2", N1, 10.0, unanswered=10.05)), 10.1).expires == 12.0
 
 
