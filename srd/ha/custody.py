@@ -6,8 +6,9 @@ wait until a majority of the sentinels has heard of it, which takes Sentinel 0.5
 learns of the promotion by an INFO that it sends once a second, sentinel.c sentinelSendPeriodicCommands).
 
 Only what is left, and counted on one clock each: the holder says for how many seconds its own lease would have held;
-the successor counts them from the moment when it asked. A holder gives its lease away only while its redis is no
-primary, to one node, and has none itself until the given one has ended, whatever the sentinels say.
+the successor counts them from the moment when it asked. A holder gives its lease away when its redis has ended, or in a
+switchover just before it is made a replica; to one node, and has none itself until the given one has ended, whatever
+the sentinels say. Only in a switchover that comes to nothing it takes it back, and only if the heir was never told.
 """
 
 from __future__ import annotations

@@ -309,7 +309,10 @@ def _lease(s: Situation) -> Verdict | None:
             text = f"{lease.reachable} of {len(s.config.voters)} sentinels answer; {s.config.majority} are a majority"
             return _no(ErrorCode.SENTINEL_NO_QUORUM, text)
         if lease.primary is not None and lease.primary.address in s.node.addresses:
-            return _no(ErrorCode.SENTINEL_DISAGREES, "the sentinels still name this node, and see it down")
+            doubt = any("down" in flag for answer in s.view.sentinels.values() for flag in answer.flags)
+            waits = "the sentinels name this node, which waits until that has lasted, or has given its lease away"
+            text = "the sentinels name this node, and see it down" if doubt else waits
+            return _no(ErrorCode.SENTINEL_DISAGREES, text)
         return _no(ErrorCode.SENTINEL_DISAGREES, f"the sentinels name {lease.primary or 'no one primary'}")
     if s.now >= lease.expires:
         return _no(ErrorCode.LEASE_EXPIRED, f"the lease ended {s.now - lease.expires:.1f} s ago")

@@ -83,6 +83,17 @@ def test_a_primary_that_cannot_prove_itself_says_no(code: str, changes: dict[str
     assert answer("/primary", primary_situation(**changes)) == (503, code)
 
 
+@pytest.mark.parametrize(
+    ("flags", "why"), [({"master", "s_down"}, "see it down"), ({"master"}, "until that has lasted")]
+)
+def test_a_primary_that_is_named_and_does_not_lead_says_why(flags: set[str], why: str) -> None:
+    lapsed = primary_situation(lease=Lease(False, 0.0, 3, 3, at(1)))
+    sentinels = {name: replace(said, flags=frozenset(flags)) for name, said in lapsed.view.sentinels.items()}
+    verdict = health.primary(replace(lapsed, view=replace(lapsed.view, sentinels=sentinels)))
+    assert verdict.error_code is ErrorCode.SENTINEL_DISAGREES
+    assert why in verdict.description
+
+
 def test_one_link_of_three_nodes_is_a_majority() -> None:
     assert answer("/primary", primary_situation(links=ONE_LINK)) == OK
 
