@@ -36,8 +36,9 @@ CHUNK: Final = 200
 class Client:
     """One connection at a time, opened anew after every error, as client libraries do."""
 
-    def __init__(self, password: str) -> None:
+    def __init__(self, password: str, seconds: float = ANSWER_SECONDS) -> None:
         self._password = password
+        self._seconds = seconds  # for an answer
         self._socket: socket.socket | None = None
         self._answers = None
 
@@ -45,7 +46,7 @@ class Client:
         """Send a command and return its answer; `OSError` where there is none, or redis refuses."""
         try:
             if self._socket is None:
-                self._socket = socket.create_connection(TARGET, ANSWER_SECONDS)
+                self._socket = socket.create_connection(TARGET, self._seconds)
                 self._answers = self._socket.makefile("rb")
                 self._command("AUTH", self._password)
             return self._command(*words)
