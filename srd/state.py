@@ -252,7 +252,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Whether a majority of all sentinels names this node primary, and until when (CLOCK_BOOTTIME seconds)."""
+    """Whether a majority of all sentinels names this node primary, and until when (CLOCK_BOOTTIME seconds).
+
+    `heir` is the node to which this one has given what is left of it, as long as that lasts.
+    """
 
     held: bool
     expires: float
@@ -261,6 +264,7 @@ class Lease:
     primary: Endpoint | None
     epoch: int = 0
     unanimous: bool = False
+    heir: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,10 @@ class Custody:
         """Whether a node was given the lease, and it has not ended."""
         return node == self.heir and now < self.given_until
 
+    def heir_at(self, now: float) -> str | None:
+        """Return to whom the lease was given, if it has not ended."""
+        return self.heir if now < self.given_until else None
+
     def take_back(self) -> None:
         """Have it back, unless the heir was told already that it was given."""
         if not self.told:

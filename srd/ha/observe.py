@@ -251,7 +251,7 @@ class Observer:
         self._answers = dict(fresh(self._config, self._answers, now))
         lease = assess(self._config, self._node, self._answers, now)
         expires = self._custody.held_until(self._tenure.expires(lease, now), now)
-        lease = dataclasses.replace(lease, held=now < expires, expires=expires)
+        lease = dataclasses.replace(lease, held=now < expires, expires=expires, heir=self._custody.heir_at(now))
         self._write_sentinels(dict(self._answers))
         self._write_lease(lease)
         self._judged()

@@ -94,7 +94,9 @@ class Primacy:
         self.bodies: list[Callable[[], Coroutine[Any, Any, None]]] = [silence.run, *self._chronicle.bodies]
         own = self._fleet.redises.get(node.name)
         if own is not None:
-            promotion = Promotion(self._fleet, node, custody=self._custody, ask_peer=ask_peer, wake=self.look)
+            promotion = Promotion(
+                self._fleet, node, store=store, custody=self._custody, ask_peer=ask_peer, wake=self.look
+            )
             self._promotion = promotion
             hearers.append(promotion.heard)
             self._switchover = Switchover(

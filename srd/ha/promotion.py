@@ -30,6 +30,7 @@ from srd.ha.resp import RespError
 from srd.ha.sentinel import SELECTED, Event
 from srd.model import AskPeer, Endpoint, Role, SrdError
 from srd.reconcile import boottime, contained
+from srd.state import Store, View
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +41,8 @@ PROMOTION_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.01
 STEP_SECONDS: Final = 0.5
 CLAIM_SECONDS: Final = 1.0
+# Until what redis says has arrived here, some milliseconds after it was told: the former primary waits for this.
+LEADING_SECONDS: Final = 0.3
 
 
 class Promotion:
@@ -50,10 +53,12 @@ class Promotion:
         fleet: Fleet,
         node: Node,
         *,
+        store: Store,
         custody: Custody,
         ask_peer: AskPeer,
         wake: Callable[[], None],
     ) -> None:
+        self._store = store
         self._fleet = fleet
         self._node = node
         self._custody = custody
@@ -89,10 +94,16 @@ class Promotion:
         return False
 
     async def succeed(self, former: str) -> None:
-        """Take over from a primary that has switched over to this node; return when this node leads."""
+        """Take over from a primary that has switched over to this node; return when this node leads, by its own word.
+
+        Clients of the former primary are cut off then, and it is here that they knock at once.
+        """
         self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
+        self._wake()  # redis is not known to be primary yet
         await self._claim()
         self._followers.set()
+        with contextlib.suppress(TimeoutError):
+            await self._store.wait_for(_leads, LEADING_SECONDS)
 
     async def _reign(self) -> None:
         """Take over from the former primary: its lease, and its replicas."""
@@ -128,6 +139,10 @@ class Promotion:
 
     async def _gather(self) -> None:
         log.info("promoted", replicas=await self._fleet.have_follow(self._node, STEP_SECONDS))
+
+
+def _leads(view: View) -> bool:
+    return view.redis is not None and view.redis.role is Role.PRIMARY and view.lease is not None and view.lease.held
 
 
 def selection(event: Event) -> tuple[Endpoint | None, Endpoint | None]:

@@ -83,16 +83,18 @@ class Answer:
         return f"{self.word} # {reason[:MAX_REASON]}\n".encode()
 
 
+_KEEPS_CLIENTS: Final = (ErrorCode.DRAINED, ErrorCode.HANDED_OVER)
 UNKNOWN_QUESTION: Final = Answer(Word.DOWN, reason="unknown question")
 
 
 def answer(question: Question, situation: Situation) -> Answer:
     """Return what is true of this node at this moment. Pure.
 
-    One that is drained and could do it otherwise keeps the clients that it has.
+    One that is drained and could do it otherwise keeps the clients that it has. So does one that is handing over: srd
+    ends their connections once its successor leads, and whoever were cut off before would knock where nobody is.
     """
     verdict = health.judge(f"/{question}", {}, situation)
-    word = Word.DRAIN if verdict.error_code is ErrorCode.DRAINED else Word.UP if verdict.ok else Word.DOWN
+    word = Word.DRAIN if verdict.error_code in _KEEPS_CLIENTS else Word.UP if verdict.ok else Word.DOWN
     return Answer(word, verdict.error_code, verdict.description)
 
 

@@ -38,6 +38,7 @@ class ErrorCode(enum.StrEnum):
     SENTINEL_NO_QUORUM = "sentinel_no_quorum"
     SENTINEL_DISAGREES = "sentinel_disagrees"
     LEASE_EXPIRED = "lease_expired"
+    HANDED_OVER = "handed_over"
     FENCED = "fenced"
     IPSEC_UNPROTECTED = "ipsec_unprotected"
     STUNNEL_DOWN = "stunnel_down"
@@ -89,6 +90,7 @@ def primary(situation: Situation, _query: Query = NO_QUERY) -> Verdict:
         or _stunnel(situation)
         or _ipsec(situation)
         or _fence(situation)
+        or _handed_over(situation)
         or _lease(situation)
         or _drained(situation)
     )
@@ -298,6 +300,11 @@ def _fence(s: Situation) -> Verdict | None:
 def _drained(s: Situation) -> Verdict | None:
     """The last thing to be looked at: with this word the node could do it, and is not to be asked to."""
     return _no(ErrorCode.DRAINED, f"{s.node.name} is drained: it takes nobody new") if s.view.drained else None
+
+
+def _handed_over(s: Situation) -> Verdict | None:
+    heir = s.view.lease.heir if s.view.lease is not None else None
+    return _no(ErrorCode.HANDED_OVER, f"the lease was handed over to {heir}") if heir is not None else None
 
 
 def _lease(s: Situation) -> Verdict | None:

@@ -170,6 +170,23 @@ async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(
                 assert (await client.observe()).priority == DEFAULT_PRIORITY
 
 
+async def test_clients_are_cut_off_when_the_successor_leads_and_not_before(
+    srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(srds, *NAMES):
+        old = srds["n1"].primacy._fleet.redises["n1"]
+        really, found = old.end_clients, []
+
+        async def looked_at(seconds: float) -> None:
+            lease = srds["n1"].lease
+            found.append((srds["n2"].leads(), lease.heir if lease is not None else None))
+            await really(seconds)
+
+        monkeypatch.setattr(old, "end_clients", looked_at)
+        await srds["n1"].primacy.switch_over("n2", dry_run=False)
+        assert found == [(True, "n2")]
+
+
 async def test_a_switchover_whose_successor_cannot_catch_up_leaves_everything_as_it_was(
     cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
 ) -> None:

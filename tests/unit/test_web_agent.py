@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.situations import NOW, arbiter_situation, primary_redis, primary_situation, replica_situation, with_child
 
 from srd.model import Service
-from srd.state import ChildState, Situation, View
+from srd.state import ChildState, Lease, Situation, View
 from srd.web.agent import MAX_REASON, UNKNOWN_QUESTION, Answer, Question, Word, answer
 from srd.web.health import ErrorCode
 
@@ -52,6 +52,15 @@ def test_a_drained_node_keeps_the_clients_that_it_has_and_takes_no_new_ones() ->
     assert answer(Question.PRIMARY, primary).line == answer(Question.REPLICA, replica).line == kept
     assert answer(Question.PRIMARY, replica).line == b"down # wrong_role: the role is replica\n"
     assert answer(Question.REPLICA, primary).line == b"down # wrong_role: the role is primary\n"
+
+
+def test_a_primary_that_hands_over_keeps_its_clients_until_its_redis_is_a_replica() -> None:
+    lease = Lease(held=False, expires=0.0, agree=3, reachable=3, primary=None, heir="redis-2")
+    handing = primary_situation(lease=lease)
+    assert answer(Question.PRIMARY, handing).line == b"drain # handed_over: the lease was handed over to redis-2\n"
+    assert answer(Question.PRIMARY, replica_situation(lease=lease)).word is Word.DOWN
+    dead = with_child(handing, Service.REDIS, state=ChildState.BACKOFF)
+    assert answer(Question.PRIMARY, dead).word is Word.DOWN
 
 
 def test_a_drained_node_that_could_serve_nobody_is_down() -> None:

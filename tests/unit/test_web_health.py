@@ -69,6 +69,7 @@ PRIMARY_REFUSALS: list[tuple[str, dict[str, Any]]] = [
     ("wrong_role", {"redis": primary_redis(role=Role.UNKNOWN)}),
     ("starting", {"lease": None}),
     ("lease_expired", {"lease": Lease(True, NOW, 3, 3, at(1))}),
+    ("handed_over", {"lease": Lease(False, 0.0, 3, 3, at(1), heir="redis-2")}),
     ("sentinel_no_quorum", {"lease": Lease(False, 0.0, 1, 1, at(1))}),
     ("sentinel_disagrees", {"lease": Lease(False, 0.0, 2, 3, at(2))}),
     ("sentinel_disagrees", {"lease": Lease(False, 0.0, 1, 3, None)}),
