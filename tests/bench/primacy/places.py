@@ -20,7 +20,7 @@ from support.namespace import CLONE_NEWNET, call, run, unshare
 TESTS: Final = Path(__file__).parents[2]
 BALANCER, CLIENT = "lb", "client"
 PATIENCE_SECONDS: Final = 120.0
-END_SECONDS: Final = 10.0
+END_SECONDS: Final = 30.0  # redis waits for its replicas, then it saves
 
 
 class Place:
