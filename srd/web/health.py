@@ -317,7 +317,7 @@ def _lease(s: Situation) -> Verdict | None:
             return _no(ErrorCode.SENTINEL_NO_QUORUM, text)
         if lease.primary is not None and lease.primary.address in s.node.addresses:
             doubt = any("down" in flag for answer in s.view.sentinels.values() for flag in answer.flags)
-            waits = "the sentinels name this node, which waits until that has lasted, or has given its lease away"
+            waits = "the sentinels name this node, which waits until that has lasted"
             text = "the sentinels name this node, and see it down" if doubt else waits
             return _no(ErrorCode.SENTINEL_DISAGREES, text)
         return _no(ErrorCode.SENTINEL_DISAGREES, f"the sentinels name {lease.primary or 'no one primary'}")
