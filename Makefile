@@ -49,9 +49,9 @@ lint: venv  ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 .PHONY: test
-test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab
-	@# Two side by side: a lab has one CPU of its own. The output of each comes when it is done.
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-lab test-here test-kernels
+test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab, a short walk of faults
+	@# Two side by side: a lab has one CPU of its own. The output of each comes when it is done. The longest one is first.
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-lab test-here test-kernels test-chaos
 
 .PHONY: test-here
 test-here: venv
@@ -64,6 +64,11 @@ test-lab: venv
 .PHONY: test-kernels
 test-kernels: venv
 	KERNELS=3 LAB_BARE=1 tests/lab/boot tests/lab/suite
+
+.PHONY: test-chaos
+test-chaos: venv
+	@mkdir -p build
+	LAB_BARE=1 LAB_HOST_DIR=build tests/lab/boot tests/chaos/suite
 
 .PHONY: image-test
 image-test: venv  ## the Dockerfile: built without a registry of images (as root), and run by podman in the lab
