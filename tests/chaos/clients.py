@@ -149,7 +149,10 @@ class BySentinel:
 
 
 class Clients:
-    """All of them; `end` is set when they are to stop. One goes `by_sentinel`, where that is given."""
+    """All of them; `end` is set when they are to stop. One goes `by_sentinel`, where that is given.
+
+    No key that begins with `prefix` may have been written before: whatever a list holds is theirs.
+    """
 
     def __init__(
         self,
@@ -157,13 +160,16 @@ class Clients:
         password: str,
         confirmations: int,
         reach: Reach = connect,
+        *,
         by_sentinel: Reach | None = None,
+        prefix: str = "chaos",
     ) -> None:
         self._file = file
         self._password = password
         self._reach = reach
         self._by_sentinel = by_sentinel
         self._confirmations = confirmations
+        self._prefix = prefix
         self._keys: dict[str, list[str]] = {}  # by writer
         self.counts: Counter[str] = Counter()
         self.end = asyncio.Event()
@@ -187,7 +193,7 @@ class Clients:
         keys = self._keys.setdefault(client, [])
         async for number in paced(WRITE_SECONDS, self.end.is_set):
             if number % VALUES_PER_KEY == 0:
-                keys.append(f"chaos:{client}:{number // VALUES_PER_KEY}")
+                keys.append(f"{self._prefix}:{client}:{number // VALUES_PER_KEY}")
             self._record(await self.append(redis, client, keys[-1], str(number), confirmations))
         redis.close()
 
@@ -312,7 +318,10 @@ def main(file: str, confirmations: str, *nodes: str) -> None:
     sentinels = [(socket.gethostbyname(node), SENTINEL_PORT) for node in reversed(nodes)]
     by_sentinel = BySentinel(nodes[-1], sentinels, secrets["sentinel_password"])
     with Path(file).open("w") as history:
-        clients = Clients(history, PASSWORD.read_text().strip(), int(confirmations), connect, by_sentinel)
+        # One walk after the other in one cluster: each has a directory of its own.
+        walk = Path(file).parent.name
+        password = PASSWORD.read_text().strip()
+        clients = Clients(history, password, int(confirmations), by_sentinel=by_sentinel, prefix=walk)
         asyncio.run(run(clients, list(nodes)))
     print(json.dumps(clients.counts), flush=True)
 
