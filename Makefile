@@ -32,7 +32,7 @@ lab: venv  ## a cluster in the lab: SCRIPT=path runs it inside, without it a she
 	@tests/lab/boot $(SCRIPT)
 
 .PHONY: chaos
-chaos: venv  ## a walk of faults in the lab, judged afterwards: SEED=, FAULTS=10, NODES=3, or WALK=file; see build/
+chaos: venv  ## a walk of faults in the lab, judged afterwards: SEED=, FAULTS=10, NODES=3 or KERNELS=3, WALK=file; see build/
 	@mkdir -p build
 	@LAB_BARE=1 LAB_HOST_DIR=build LAB_CHAOS_SEED=$(or $(SEED),$(shell echo $$RANDOM)) LAB_CHAOS_FAULTS=$(or $(FAULTS),10) \
 		LAB_CHAOS_WALK=$(WALK) tests/lab/boot tests/chaos/suite

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from chaos.history import SILENT, Answers, Append, Outcome, Read, Record, write
-from support.namespace import inside
+from support.stations import Streams, connect
 
 PASSWORD: Final = Path("/run/lab/redis_password")
 STUNNEL: Final = ("127.0.0.1", 6379)
@@ -48,26 +48,12 @@ VALUES_PER_KEY: Final = 200
 PLAIN, CONFIRMED, READERS = 2, 2, 2
 
 Reply = int | str | None | list["Reply"]
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 # How a connection is opened, given a station and an address there.
 Reach = Callable[[str, tuple[str, int]], Awaitable[Streams]]
 
 
 class RefusedError(Exception):
     """Redis answered, with an error: it has not done what it was asked."""
-
-
-async def connect(station: str, address: tuple[str, int]) -> Streams:
-    """Open a connection from a station to one of its own addresses."""
-    with inside(station):
-        opened = socket.socket()
-    try:
-        opened.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(opened, address)
-        return await asyncio.open_connection(sock=opened)
-    except BaseException:
-        opened.close()
-        raise
 
 
 class Redis:
@@ -314,7 +300,7 @@ async def run(clients: Clients, nodes: list[str]) -> None:
 
 def main(file: str, confirmations: str, *nodes: str) -> None:
     """Run the clients, and say what they did."""
-    secrets = tomllib.loads(Path(f"/var/lab/{nodes[-1]}/etc/srd/secrets.toml").read_text())
+    secrets = tomllib.loads(Path(f"/var/lab/bundles/{nodes[-1]}/secrets.toml").read_text())
     sentinels = [(socket.gethostbyname(node), SENTINEL_PORT) for node in reversed(nodes)]
     by_sentinel = BySentinel(nodes[-1], sentinels, secrets["sentinel_password"])
     with Path(file).open("w") as history:

@@ -1,9 +1,12 @@
-"""A cluster for the walks, in the lab: each node has a file system of its own for its state."""
+"""A cluster for the walks, in the lab: of machines, or of namespaces with a file system for each one's state."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
-from chaos.world import World
+from chaos.machines import Machines
+from chaos.world import Namespaces, World
 from support.lab import Lab, bring_up
 
 
@@ -14,6 +17,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def world() -> World:
     lab = Lab()
-    World.give_disks(lab.nodes)
+    if int(os.environ["LAB_KERNELS"]):
+        bring_up()
+        return Machines(lab.nodes)
+    Namespaces.give_disks(lab.nodes)
     bring_up()
-    return World(lab.nodes, lab.srd_pid, lab.start_srd)
+    return Namespaces(lab.nodes, lab.srd_pid, lab.start_srd)

@@ -10,27 +10,23 @@ and sentinel, in netfilter's INPUT on the node.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from chaos.world import STATE, NotNowError, World, alive, run, send
+from chaos.world import FILLER, NotNowError, World, run
 
 from srd.model import Service
 
 SERVICES: Final = tuple(service.value for service in Service)
 KEYING_PORT: Final = 849
 PORTS: Final = {"redis": "6379", "sentinel": "26379"}
+IPTABLES: Final = ("iptables-legacy", "-w", "5")
 NETEM: Final = {"delay": "delay 300ms", "loss": "loss 20%", "reorder": "delay 20ms reorder 50% 50%"}
-STOP_SECONDS: Final = 30.0
 PULLED_SECONDS, PLUGGED_SECONDS = 1.5, 1.0  # of a cable that flaps
-FILLER: Final = f"{STATE}/filler"
 
 
 # What a fault is given: the cluster, the nodes that it hits, and which of its choices was drawn.
@@ -55,7 +51,7 @@ class Kind:
 @contextlib.contextmanager
 def kill_child(world: World, victims: tuple[str, ...], service: str) -> Iterator[None]:
     """kill -9 of redis, sentinel or stunnel."""
-    send(world.child(victims[0], service), signal.SIGKILL)
+    world.send(victims[0], world.child(victims[0], service), signal.SIGKILL)
     yield
 
 
@@ -63,39 +59,34 @@ def kill_child(world: World, victims: tuple[str, ...], service: str) -> Iterator
 def pause_child(world: World, victims: tuple[str, ...], service: str) -> Iterator[None]:
     """SIGSTOP of one, and SIGCONT; srd may be quicker."""
     pid = world.child(victims[0], service)
-    send(pid, signal.SIGSTOP)
+    world.send(victims[0], pid, signal.SIGSTOP)
     yield
     with contextlib.suppress(NotNowError):
         if world.child(victims[0], service) == pid:
-            send(pid, signal.SIGCONT)
+            world.send(victims[0], pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
 def kill_srd(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
-    """kill -9 of srd; it is started again at the end."""
-    send(world.srd(victims[0]), signal.SIGKILL)
+    """kill -9 of srd; it is started again at the end, or at once where a service manager does that."""
+    world.send(victims[0], world.srd(victims[0]), signal.SIGKILL)
     yield
-    world.start_srd(victims[0])
+    world.revive(victims[0])
 
 
 @contextlib.contextmanager
 def pause_srd(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
     """SIGSTOP of srd, and SIGCONT."""
     pid = world.srd(victims[0])
-    send(pid, signal.SIGSTOP)
+    world.send(victims[0], pid, signal.SIGSTOP)
     yield
-    send(pid, signal.SIGCONT)
+    world.send(victims[0], pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
 def upgrade_srd(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
     """Have srd end alone, and another one take its place."""
-    pid = world.srd(victims[0])
-    run("on", victims[0], "srd", "stop", "--keep-data-path")
-    deadline = time.monotonic() + STOP_SECONDS
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    world.start_srd(victims[0])
+    world.upgrade(victims[0])
     yield
 
 
@@ -159,77 +150,65 @@ def dropping(table: str, rules: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cut_port(_: World, victims: tuple[str, ...], service: str) -> Iterator[None]:
+def cut_port(world: World, victims: tuple[str, ...], service: str) -> Iterator[None]:
     """Let a node's redis, or sentinel, and the other nodes not hear one another; all else does."""
 
-    def change(verb: str) -> None:
-        for end in ("--sport", "--dport"):
-            rule = ("INPUT", "!", "-i", "lo", "-p", "tcp", end, PORTS[service], "-j", "DROP")
-            run("on", victims[0], "iptables-legacy", "-w", "5", verb, *rule)
-
-    change("-A")
+    rules = [
+        ("INPUT", "!", "-i", "lo", "-p", "tcp", end, PORTS[service], "-j", "DROP") for end in ("--sport", "--dport")
+    ]
+    for rule in rules:
+        run("on", victims[0], *IPTABLES, "-A", *rule)
     yield
-    change("-D")
+    for rule in rules:
+        world.undo(victims[0], *IPTABLES, "-D", *rule)
 
 
 @contextlib.contextmanager
-def bad_wire(_: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
+def bad_wire(world: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
     """Have a node's cable delay, lose or reorder what passes, either way."""
-    ends = (("tc", "qdisc"), ("dev", f"w-{victims[0]}")), (("tc", "-n", victims[0], "qdisc"), ("dev", "eth0"))
-    for command, end in ends:
-        run(*command, "add", *end, "root", "netem", *NETEM[what].split(), "limit", "10000")
+    netem = ("root", "netem", *NETEM[what].split(), "limit", "10000")
+    run("tc", "qdisc", "add", "dev", f"w-{victims[0]}", *netem)
+    run("on", victims[0], "tc", "qdisc", "add", "dev", "eth0", *netem)
     yield
-    for command, end in ends:
-        run(*command, "delete", *end, "root")
+    run("tc", "qdisc", "delete", "dev", f"w-{victims[0]}", "root")
+    world.undo(victims[0], "tc", "qdisc", "delete", "dev", "eth0", "root")
 
 
 @contextlib.contextmanager
 def power_cut(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
-    """End all that runs on a node at once, with what was only in memory; then boot it.
-
-    Nothing that it had written is lost: nodes share a kernel here. tests/lab/kernels cuts the power of real disks.
-    """
-    node = victims[0]
-    world.pull(node)
-    world.off.add(node)
-    for pid in world.processes(node):
-        send(pid, signal.SIGKILL)
-    flush = [f"ip xfrm {what} flush" for what in ("state", "policy")]
-    flush += [f"{program}-legacy -{verb}" for program in ("iptables", "ip6tables") for verb in "FX"]
-    run("on", node, "sh", "-c", "; ".join(flush))
-    for path in Path(f"/var/lab/{node}/run/srd").iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Cut a node's power; then boot it."""
+    world.power_off(victims[0])
     yield
-    # As srd-failclosed.service and srd.service do it: closed before the network is up.
-    run("on", node, "srd", "close")
-    world.plug(node)
-    world.off.remove(node)
-    world.start_srd(node)
+    world.power_on(victims[0])
 
 
 @contextlib.contextmanager
-def jump_clock(_: World, __: tuple[str, ...], by: str) -> Iterator[None]:
-    """Have the wall clock jump, on all nodes at once as they share it, and later back."""
-    if "User Mode Linux" not in Path("/proc/cpuinfo").read_text():
-        raise NotNowError("this kernel's clock is the machine's own")
-    time.clock_settime(time.CLOCK_REALTIME, time.time() + int(by))
+def reboot(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
+    """Have a person reboot a node."""
+    world.reboot(victims[0])
     yield
-    time.clock_settime(time.CLOCK_REALTIME, time.time() - int(by))
 
 
 @contextlib.contextmanager
-def fill_disk(_: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
+def jump_clock(world: World, victims: tuple[str, ...], by: str) -> Iterator[None]:
+    """Have the wall clock jump, and later back."""
+    world.jump(victims, int(by))
+    yield
+    world.jump_back(victims, int(by))
+
+
+@contextlib.contextmanager
+def fill_disk(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
     """Fill the file system of a node's state."""
-    # It ends with an error, when there is no more room.
-    run("on", victims[0], "dd", "if=/dev/zero", f"of={FILLER}", "bs=1M", check=False)
+    world.fill(victims[0])
     yield
-    run("on", victims[0], "rm", FILLER)
+    world.undo(victims[0], "rm", FILLER)
 
 
 @contextlib.contextmanager
 def flush_xfrm(_: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
     """Flush the kernel's SAs, or its policies, as somebody might who tidies up."""
-    run("ip", "-n", victims[0], "xfrm", what, "flush")
+    run("on", victims[0], "ip", "xfrm", what, "flush")
     yield
 
 
@@ -242,6 +221,7 @@ def switch_over(_: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
 
 _AT_ONCE: Final = (0.0, 0.0)
 
+# Where nodes share a kernel, and with it the clock.
 KINDS: Final = {
     # redis twice: it is what all is about.
     "kill": Kind(kill_child, (*SERVICES, "redis"), lasting=_AT_ONCE),
@@ -260,4 +240,10 @@ KINDS: Final = {
     "fill disk": Kind(fill_disk),
     "flush xfrm": Kind(flush_xfrm, ("state", "policy"), impairs=False, lasting=_AT_ONCE),
     "switchover": Kind(switch_over, impairs=False, lasting=_AT_ONCE, nodes="another"),
+}
+
+# Where each has its own, and a service manager. Whatever there is by name is here.
+MACHINE_KINDS: Final = KINDS | {
+    "clock jump": Kind(jump_clock, KINDS["clock jump"].choices),
+    "reboot": Kind(reboot, lasting=_AT_ONCE),
 }

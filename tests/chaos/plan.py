@@ -2,7 +2,7 @@
 
 Victims are named by role, since nobody knows beforehand who will be primary: 0 is whoever is when a fault begins, 1, 2,
 ... are the others in the order of their names. Seed, number of faults and number of nodes give the same walk again,
-as long as `KINDS` stays as it is; the walk itself, as JSON, gives it for ever.
+as long as the kinds stay as they are; the walk itself, as JSON, gives it for ever.
 
 At any time no more nodes are impaired than a minority, for the cluster has to end whole by itself, and what a majority
 confirmed has to be there. So the cluster is whole before a step that impairs other nodes than the one before; a step
@@ -12,12 +12,12 @@ that is `impatient` goes on with the same nodes at once.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import msgspec
-from chaos.faults import KINDS
+from chaos.faults import KINDS, Kind
 
 PRIMARY: Final = 0
 # The primary is hit as often as all others together.
@@ -76,15 +76,17 @@ def minority(nodes: int) -> int:
     return (nodes - 1) // 2
 
 
-def plan(seed: int, faults: int, nodes: int) -> Plan:
+def plan(seed: int, faults: int, nodes: int, kinds: Mapping[str, Kind] = KINDS) -> Plan:
     """Return a walk of so many faults; each kind comes once before one comes again."""
     rng = random.Random(seed)
-    kinds = _deck(rng)
+    deck = _deck(rng, sorted(kinds))
     steps: list[Step] = []
     while (left := faults - sum(len(step.draws) for step in steps)) > 0:
-        draws = [_draw(rng, next(kinds), nodes)]
+        draws = [_draw(rng, next(deck), kinds, nodes)]
         if left > 1 and rng.random() < DOUBLE_SHARE:
-            draws.append(_beside(draws[0], _draw(rng, next(kinds), nodes)))
+            second = _draw(rng, next(deck), kinds, nodes)
+            both_impair = kinds[draws[0].kind].impairs and kinds[second.kind].impairs
+            draws.append(_beside(draws[0], second) if both_impair else second)
         if draws[0].kind == draws[-1].kind:
             draws = draws[:1]
         impatient = bool(steps) and rng.random() < IMPATIENT_SHARE
@@ -92,13 +94,13 @@ def plan(seed: int, faults: int, nodes: int) -> Plan:
     return Plan(nodes, tuple(steps))
 
 
-def _deck(rng: random.Random) -> Iterator[str]:
+def _deck(rng: random.Random, names: list[str]) -> Iterator[str]:
     while True:
-        yield from rng.sample(sorted(KINDS), len(KINDS))
+        yield from rng.sample(names, len(names))
 
 
-def _draw(rng: random.Random, name: str, nodes: int) -> Draw:
-    kind = KINDS[name]
+def _draw(rng: random.Random, name: str, kinds: Mapping[str, Kind], nodes: int) -> Draw:
+    kind = kinds[name]
     return Draw(name, rng.choice(kind.choices), _victims(rng, kind.nodes, nodes), round(rng.uniform(*kind.lasting), 1))
 
 
@@ -113,8 +115,6 @@ def _victims(rng: random.Random, which: str, nodes: int) -> tuple[int, ...]:
 
 
 def _beside(first: Draw, second: Draw) -> Draw:
-    """Have a second fault that impairs hit the nodes of the first one, where that impairs as well."""
-    if not (KINDS[first.kind].impairs and KINDS[second.kind].impairs):
-        return second
+    """Have a second fault hit the nodes of the first one."""
     count = len(second.victims)
     return Draw(second.kind, second.choice, first.victims[:count], second.seconds)

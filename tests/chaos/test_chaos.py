@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
+from chaos.faults import KINDS, MACHINE_KINDS
 from chaos.plan import Plan, load, plan
 from chaos.walk import keep, walk_through
 from chaos.world import World
@@ -17,6 +18,7 @@ from chaos.world import World
 SEED = int(os.environ.get("LAB_CHAOS_SEED") or 1)
 FAULTS = int(os.environ.get("LAB_CHAOS_FAULTS") or 8)
 NODES = int(os.environ["LAB_NODES"])
+MACHINES = bool(int(os.environ["LAB_KERNELS"]))
 # A fault, and what follows it, where a cluster is slow to recover.
 FAULT_SECONDS = 150
 
@@ -25,7 +27,7 @@ def walks() -> dict[str, Plan]:
     """Return what there is to do, by name."""
     if file := os.environ.get("LAB_CHAOS_WALK"):
         return {Path(file).stem: load(Path(file).read_text())}
-    found = {f"seed-{SEED}": plan(SEED, FAULTS, NODES)}
+    found = {f"seed-{SEED}": plan(SEED, FAULTS, NODES, MACHINE_KINDS if MACHINES else KINDS)}
     if "LAB_CHAOS_SEED" not in os.environ:
         found |= {
             path.stem: load(path.read_text()) for path in sorted(Path(__file__).with_name("walks").glob("*.json"))
@@ -47,6 +49,6 @@ def test_a_walk_of_faults_breaks_no_promise(world: World, name: str, walk: Plan)
     try:
         done = walk_through(world, walk, directory)
     finally:
-        keep(directory, Path(f"/host/chaos-{name}"))
+        keep(world, directory, Path(f"/host/chaos-{name}"))
     print(json.dumps(done.document()))  # noqa: T201 - figures for people
     assert done.violations == []

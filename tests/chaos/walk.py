@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 from chaos.checker import judge
-from chaos.faults import KINDS
+from chaos.faults import MACHINE_KINDS
 from chaos.history import Fault, load, write
 from chaos.plan import Draw, Plan, Step
 from chaos.world import NotNowError, World, run
@@ -114,7 +114,7 @@ class Walker:
             victims = self._victims(draw, nodes, goes_on=step.impatient)
             fault, stack = self._begin(draw, victims)
             under_way.append((fault.began + draw.seconds, stack, fault))
-            if KINDS[draw.kind].impairs:
+            if MACHINE_KINDS[draw.kind].impairs:
                 hit = (*hit, *victims)
         self._hit = hit
         for until, stack, fault in sorted(under_way, key=lambda item: item[0]):
@@ -125,7 +125,7 @@ class Walker:
             yield msgspec.structs.replace(fault, ended=time.monotonic())
 
     def _victims(self, draw: Draw, nodes: tuple[str, ...], *, goes_on: bool) -> tuple[str, ...]:
-        if goes_on and self._hit and KINDS[draw.kind].impairs:
+        if goes_on and self._hit and MACHINE_KINDS[draw.kind].impairs:
             return self._hit[: len(draw.victims)]
         return tuple(nodes[victim] for victim in draw.victims)
 
@@ -133,7 +133,7 @@ class Walker:
         self._number += 1
         began, stack, skipped = time.monotonic(), ExitStack(), ""
         try:
-            stack.enter_context(KINDS[draw.kind].hold(self._world, victims, draw.choice))
+            stack.enter_context(MACHINE_KINDS[draw.kind].hold(self._world, victims, draw.choice))
         except NotNowError as reason:
             skipped = str(reason)
         fault = Fault(self._number, f"{draw.kind} {draw.choice}".strip(), victims, began, began, skipped=skipped)
@@ -181,10 +181,8 @@ def walk_through(world: World, plan: Plan, directory: Path) -> Walk:
     return walk
 
 
-def keep(directory: Path, where: Path) -> None:
+def keep(world: World, directory: Path, where: Path) -> None:
     """Copy a walk's history, and the logs of all that ran, out of the lab."""
     shutil.copytree(directory, where, dirs_exist_ok=True)
-    for log in (*Path("/var/log/lab").glob("*.log"), *Path("/var/lab").glob("*/var/log/srd/*")):
-        node = log.parts[3] if log.is_relative_to("/var/lab") else "lab"
-        (where / "logs").mkdir(exist_ok=True)
-        shutil.copy(log, where / "logs" / f"{node}-{log.name}")
+    (where / "logs").mkdir(exist_ok=True)
+    world.keep_logs(where / "logs")

@@ -43,9 +43,9 @@ def ip(name: str, *words: str) -> str:
 
 
 @contextlib.contextmanager
-def inside(name: str) -> Iterator[None]:
-    """Have this thread open sockets in a namespace that has a name; they stay in it."""
-    with Path("/proc/thread-self/ns/net").open() as home, Path(f"/run/netns/{name}").open() as away:
+def inside(name: str | Path) -> Iterator[None]:
+    """Have this thread open sockets in a namespace, given by its name or its file; they stay in it."""
+    with Path("/proc/thread-self/ns/net").open() as home, Path("/run/netns", name).open() as away:
         call("setns", away.fileno(), CLONE_NEWNET)
         try:
             yield

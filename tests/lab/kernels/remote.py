@@ -7,7 +7,8 @@ ssh itself is no part of a machine that the lab can count on, and a second of ha
 connect is decided by the wire: there is none but the lab's own management network.
 
 A connection carries a line of JSON, the request, and then frames both ways: one byte that says what it is, the length
-in four, and the bytes.
+in four, and the bytes. A request to connect, `{"connect": [HOST, PORT]}`, makes the rest of it a connection from that
+machine to there (support/stations.py), with no process to start for it.
 """
 
 # ruff: noqa: T201 - what it cannot do is said on standard error
@@ -28,7 +29,7 @@ import sys
 import termios
 import threading
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +63,10 @@ class Channel:
     def request(self) -> dict[str, Any]:
         return json.loads(self._reader.readline())
 
+    def received(self, most: int) -> bytes:
+        """Return what the other end has sent, no more than that; nothing at its end."""
+        return self._reader.read1(most)
+
     def frames(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield what the other end sends until it is gone."""
         with contextlib.suppress(OSError):
@@ -84,11 +89,38 @@ def serve(address: str) -> None:
 def _answer(channel: Channel) -> None:
     with channel.connection:
         try:
-            _run(channel, channel.request())
+            request = channel.request()
+            if "connect" in request:
+                _relay(channel, *request["connect"])
+            else:
+                _run(channel, request)
         except (OSError, ValueError) as error:
             with contextlib.suppress(OSError):
                 channel.send(ERROR, f"on: {error}\n".encode())
                 channel.send(STATUS, b"127")
+
+
+def _relay(channel: Channel, host: str, port: int) -> None:
+    """Be a connection to there; one that cannot be made has ended."""
+    try:
+        there = socket.create_connection((host, port), CONNECT_SECONDS)
+    except OSError:
+        return
+    with there:
+        there.settimeout(None)
+        back = threading.Thread(target=_pass_on, args=(there.recv, channel.connection), daemon=True)
+        back.start()
+        _pass_on(channel.received, there)
+        back.join()
+
+
+def _pass_on(receive: Callable[[int], bytes], to: socket.socket) -> None:
+    """Pass on what comes, and then its end."""
+    with contextlib.suppress(OSError):
+        while content := receive(CHUNK):
+            to.sendall(content)
+    with contextlib.suppress(OSError):
+        to.shutdown(socket.SHUT_WR)
 
 
 def _run(channel: Channel, request: dict[str, Any]) -> None:
