@@ -167,6 +167,8 @@ class Redis:
     ping_seconds: float = 0.0
     priority: int = 100  # replica-priority: the lower, the sooner a sentinel promotes it; 0 never
     unsaved: str | None = None  # which of its files it could not write when it last tried
+    rewriting: bool = False  # its append-only file is being written anew, or is about to
+    rewritten: bool = True  # and the last time that succeeded
     promoted_at_offset: int | None = None  # up to where it has followed another primary, before it became one itself
 
 

@@ -1,7 +1,8 @@
 """Watches redis and the sentinels and writes down what they say.
 
 Of its own redis and sentinel it keeps true what may differ while they run: how many sentinels a verdict needs, which
-follows from the number of nodes; the sentinel's pace; and what a failover may have left behind (ha/strays.py).
+follows from the number of nodes; the sentinel's pace; what a failover may have left behind (ha/strays.py); and redis'
+append-only file after a full disk (ha/torn.py).
 
 Every one of them is asked by a loop of its own, so that one that does not answer delays no other, and every answer is
 published at once. A sentinel's last answer stays until it is too old to count. Events of the sentinels only wake the
@@ -27,6 +28,7 @@ from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
 from srd.ha.sentinel import PACE_SECONDS, SELECTED, SUBSCRIBED, Event, SentinelClient
 from srd.ha.strays import DOWN_AFTER_SECONDS, PRIORITY_SECONDS, Stray
+from srd.ha.torn import Torn
 from srd.model import NodeKind, Role, Secrets
 from srd.reconcile import Loop, boottime, until_first
 from srd.state import Redis, SentinelAnswer, Store
@@ -83,6 +85,7 @@ class Observer:
         self._tenure = Tenure()
         self._silent: dict[str, float] = {}
         self._hasty, self._preferred = Stray(DOWN_AFTER_SECONDS), Stray(PRIORITY_SECONDS)
+        self._torn = Torn()
         self._paced = float("-inf")
         self._events: dict[str, int] = {}
         self._last_role = Role.UNKNOWN
@@ -178,6 +181,9 @@ class Observer:
         self._write_redis(seen)
         self.judge()
         if seen is not None and self.redis is not None:
+            if self._torn.is_due(seen, self._clock()):
+                await self.redis.rewrite_log()
+                log.info("redis writes its append-only file anew", why="it could not write to it for a time")
             drained = self._store.view().drained
             wanted = NEVER_PRIORITY if drained else self._config.node(self._node.name).priority
             # One that a failover has set may be needed, but of a drained node; any other is an old file's.

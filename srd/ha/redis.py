@@ -16,6 +16,8 @@ REDIS_USER: Final = "srd"
 # measured, and goes on refusing when srd dies: it fails closed. CLIENT PAUSE would fail open: it ends by itself, and
 # what queued meanwhile is then written.
 FENCED: Final = 100
+# What redis keeps as append-only directory, as `unsaved` names it.
+LOG_FILE: Final = "append-only file"
 _SHUT: Final = ("CONFIG", "SET", "min-replicas-to-write", str(FENCED))
 # Those of clients and of sentinels, which come again; a replica's link is of another type. SKIPME: not our own.
 _KILL_CLIENTS: Final = ("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
@@ -87,6 +89,10 @@ class RedisClient:
         """Have it say this of itself to the sentinels: the lower, the sooner it is promoted."""
         await self._do(("CONFIG", "SET", "replica-priority", str(priority)), seconds=seconds)
 
+    async def rewrite_log(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it write its append-only file anew, from what it holds."""
+        await self._do(("BGREWRITEAOF",), seconds=seconds)
+
     async def role(self, seconds: float = ANSWER_SECONDS) -> Role:
         """Return what it is at this moment; cheaper than `observe`."""
         return (await self.position(seconds))[0]
@@ -143,6 +149,8 @@ def _redis(info: Fields, settings: Sequence[Fields], *, asked: float, took: floa
         ping_seconds=took,
         priority=priority.get("replica-priority", int),
         unsaved=_unsaved(info),
+        rewriting=_is(info, "aof_rewrite_in_progress") or _is(info, "aof_rewrite_scheduled"),
+        rewritten="aof_last_bgrewrite_status" not in info or info.get("aof_last_bgrewrite_status", str) == "ok",
         promoted_at_offset=None if replica else _promoted_at(info.get("second_repl_offset", int)),
     )
 
@@ -152,9 +160,13 @@ def _promoted_at(second: int) -> int | None:
     return second - 1 if second > 0 else None
 
 
+def _is(info: Fields, name: str) -> bool:
+    return name in info and info.get(name, flag)
+
+
 def _unsaved(info: Fields) -> str | None:
     """Return which file redis could not write; until it can, it refuses writes of clients (MISCONF)."""
-    files = {"aof_last_write_status": "append-only file", "rdb_last_bgsave_status": "snapshot (RDB)"}
+    files = {"aof_last_write_status": LOG_FILE, "rdb_last_bgsave_status": "snapshot (RDB)"}
     # A kernel without memory for the copy, or a disk that is full, shows in either.
     failed = (what for name, what in files.items() if name in info and info.get(name, str) != "ok")
     return next(failed, None)

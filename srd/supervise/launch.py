@@ -22,8 +22,12 @@ from srd.supervise.become import send_signal
 from srd.supervise.files import Owner, make_service_directory, write_private
 from srd.supervise.running import Running
 from srd.supervise.spawn import Command, Started, spawn
+from srd.supervise.unreadable import clear, is_unreadable
 
 log = structlog.get_logger(__name__)
+
+# A redis that has loaded its files lives longer; to look into them is worth the time only for one that has not.
+SOON_SECONDS: Final = 60.0
 
 TLS_FILES: Final = ("tls.crt", "tls.key", "ca.crt")
 
@@ -40,6 +44,7 @@ class Launcher:
         self._secrets = secrets
         self._register = register
         self._tls_sockets = tls_sockets
+        self._last_redis = float("-inf")  # when redis was last started, in CLOCK_BOOTTIME seconds
 
     def adopt(self, config: Config) -> None:
         """Render the next files by a changed cluster.toml."""
@@ -130,8 +135,21 @@ class Launcher:
         directory = self._paths.service_dir(Service.REDIS)
         if start.primary is not None and not (self._paths.state_dir / FOLLOWS_NAME).exists():
             self.keep_data()
+            if boottime() < self._last_redis + SOON_SECONDS:
+                self._set_aside_unreadable(owner, directory)
+        self._last_redis = boottime()
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
         write_private(self._file(Service.REDIS), text.encode(), owner)
+
+    def _set_aside_unreadable(self, owner: Owner, directory: Path) -> None:
+        """Let a replica whose redis cannot read its files begin without them: it gets all from the primary."""
+        program = programs.find_program(self._config, Service.REDIS)
+        try:
+            if is_unreadable(program, owner, directory, self._paths.log_file(Service.REDIS)):
+                cleared = owner.do(lambda: clear(directory))
+                log.warning("redis cannot read its append-only file", directory=str(directory), begins_anew=cleared)
+        except (OSError, SrdError) as error:
+            log.warning("cannot look into redis' append-only file", directory=str(directory), error=str(error))
 
     def _write_sentinel(self, owner: Owner, start: Start) -> None:
         file = self._file(Service.SENTINEL)

@@ -95,3 +95,26 @@ async def test_a_primary_without_replicas_takes_no_write() -> None:
                 assert str(error).startswith("NOREPLICAS")  # noqa: PT017 - the message is the point
             else:
                 raise AssertionError
+
+
+async def test_a_replica_that_cannot_read_its_append_only_file_begins_anew() -> None:
+    with world(nodes=2) as members:
+        async with contextlib.AsyncExitStack() as stack:
+            nodes = [await stack.enter_async_context(member.supervised()) for member in members]
+            for node in nodes:
+                await node.all_ready()
+            primary, replica = members
+            await eventually(partial(follows, replica, primary), "replication")
+            await primary.ask("SET", "key", "value")
+            assert await primary.ask("WAIT", "1", "5000") == 1
+            # Zeros before a command: what redis 7 leaves after a full disk.
+            (log,) = replica.paths.service_dir(Service.REDIS).glob("appendonlydir/*.incr.aof")
+            with log.open("ab") as file:
+                file.write(bytes(20) + b"*1\r\n$4\r\nPING\r\n")
+            os.kill(nodes[1].pid(Service.REDIS), signal.SIGKILL)
+            await nodes[1].until(lambda view: view.children[Service.REDIS].restarts > 0)
+            await nodes[1].all_ready()
+            await eventually(partial(follows, replica, primary), "it to follow again")
+            assert await replica.ask("GET", "key") == "value"
+            (kept,) = replica.paths.service_dir(Service.REDIS).glob(f"kept/*/appendonlydir/{log.name}")
+            assert bytes(20) in kept.read_bytes()

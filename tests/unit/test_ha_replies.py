@@ -111,6 +111,20 @@ def test_what_is_missing_or_wrong_is_named(found: str, instead: str, complaint: 
     assert complaint in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("lines", "rewriting", "rewritten"),
+    [
+        ("", False, True),
+        ("aof_rewrite_in_progress:0\r\naof_rewrite_scheduled:0\r\naof_last_bgrewrite_status:ok\r\n", False, True),
+        ("aof_rewrite_in_progress:1\r\naof_rewrite_scheduled:0\r\naof_last_bgrewrite_status:ok\r\n", True, True),
+        ("aof_rewrite_in_progress:0\r\naof_rewrite_scheduled:1\r\naof_last_bgrewrite_status:err\r\n", True, False),
+    ],
+)
+def test_whether_its_append_only_file_is_written_anew(lines: str, rewriting: bool, rewritten: bool) -> None:  # noqa: FBT001
+    seen = read(PRIMARY + lines)
+    assert (seen.rewriting, seen.rewritten) == (rewriting, rewritten)
+
+
 def test_a_reply_of_another_kind_is_refused() -> None:
     with pytest.raises(UnexpectedReplyError, match="the reply is a int"):
         checked("redis at x", 1, str)

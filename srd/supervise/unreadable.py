@@ -1,0 +1,55 @@
+"""An append-only file that redis refuses to read, on a node whose data another one has: redis would never start again.
+
+Whether it is that file is asked of redis' own checker, which is the same program by another name. Everything here
+blocks, and is done with the rights of redis' account.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from pathlib import Path
+from typing import Final
+
+from srd.supervise.become import send_signal
+from srd.supervise.files import Owner
+from srd.supervise.programs import Program
+from srd.supervise.spawn import Command, spawn
+
+# redis.conf's default names; before 7.0 there was one file and no manifest, and it is left alone.
+_LOG: Final = Path("appendonlydir")
+_MANIFEST: Final = _LOG / "appendonly.aof.manifest"
+# It reads as fast as redis itself does. What takes longer is not judged.
+CHECK_SECONDS: Final = 60.0
+
+
+def is_unreadable(program: Program, owner: Owner, data: Path, log: Path) -> bool:
+    """Whether redis' checker finds the append-only file invalid; what it says is in the log. `SrdError`, `OSError`."""
+    if not owner.do((data / _MANIFEST).exists):
+        return False
+    checker = program.argv0.replace("-server", "-check-aof")
+    started = spawn(Command(program.path, (checker, str(_MANIFEST)), owner, data, log))
+    try:
+        poll = select.poll()
+        poll.register(started.pidfd, select.POLLIN)
+        late = not poll.poll(CHECK_SECONDS * 1000)
+        if late:
+            send_signal(started.pid, started.pidfd, signal.SIGKILL)
+        end = os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)
+    finally:
+        os.close(started.pidfd)
+    return not late and end is not None and (end.si_code, end.si_status) == (os.CLD_EXITED, 1)
+
+
+def clear(data: Path) -> bool:
+    """Remove what redis would load, if each file of it has another name, in a copy; return whether that was done.
+
+    All of it: a redis that starts with an old RDB file, and one that is believed to have data, would both be wrong.
+    """
+    files = [path for path in (data / "dump.rdb", *data.glob(f"{_LOG}/*")) if path.is_file()]
+    if any(path.stat().st_nlink == 1 for path in files):
+        return False
+    for path in files:
+        path.unlink()
+    return True

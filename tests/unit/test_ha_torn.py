@@ -1,0 +1,48 @@
+"""srd/ha/torn.py: when redis is told to write its append-only file anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from support.situations import NOW, primary_redis
+
+from srd.ha.redis import LOG_FILE
+from srd.ha.torn import RETRY_SECONDS, Torn
+from srd.state import Redis
+
+SOUND = primary_redis()
+FULL = replace(SOUND, unsaved=LOG_FILE)
+REWRITING = replace(SOUND, rewriting=True)
+FAILED = replace(SOUND, rewritten=False)
+
+
+def looks(*seen: Redis, seconds: float = 0.5) -> list[bool]:
+    """Return at which of these looks, so far apart, it is due."""
+    torn = Torn()
+    return [torn.is_due(one, NOW + number * seconds) for number, one in enumerate(seen)]
+
+
+def test_a_file_that_was_always_written_to_is_left_alone() -> None:
+    assert looks(SOUND, SOUND, REWRITING, FAILED) == [False] * 4
+
+
+def test_it_is_written_anew_once_as_soon_as_it_can_be_written_to() -> None:
+    assert looks(FULL, FULL, SOUND, REWRITING, SOUND, SOUND) == [False, False, True, False, False, False]
+
+
+def test_each_time_the_disk_was_full() -> None:
+    assert looks(FULL, SOUND, SOUND, FULL, SOUND) == [False, True, False, False, True]
+    assert looks(FULL, SOUND, REWRITING, FULL, SOUND) == [False, True, False, False, True]
+
+
+def test_a_rewrite_that_is_under_way_already_began_before() -> None:
+    assert looks(FULL, REWRITING, SOUND) == [False, False, True]
+
+
+def test_what_failed_is_tried_again_but_not_at_once() -> None:
+    assert looks(FULL, SOUND, FAILED, FAILED) == [False, True, False, False]
+    assert looks(FULL, SOUND, FAILED, FAILED, seconds=RETRY_SECONDS) == [False, True, True, True]
+
+
+def test_a_redis_that_was_started_since_has_read_its_file() -> None:
+    assert looks(FULL, replace(SOUND, run_id="another")) == [False, False]
