@@ -20,6 +20,7 @@ from srd.maintenance import PAUSE_TOPIC, Maintenance
 from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop
 from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
+from srd.setback import Setback
 from srd.state import ChildState, Situation, Store, View, services_of
 from srd.supervise.disks import Disks
 from srd.supervise.probe import probe_tls
@@ -36,6 +37,10 @@ DISKS_PASS_SECONDS: Final = 30.0
 
 DOCTOR_RESYNC_SECONDS: Final = 60.0
 DOCTOR_PASS_SECONDS: Final = 10.0
+
+# A sentinel is asked about as often. A start of it may have to wait for a pass of all children.
+CLOCK_RESYNC_SECONDS: Final = 0.5
+CLOCK_PASS_SECONDS: Final = PASS_SECONDS
 
 # As often as a heartbeat comes, which may say something new of it.
 PAUSE_RESYNC_SECONDS: Final = 1.0
@@ -109,7 +114,9 @@ class Duties:
         disks = Loop("disks", look, resync=DISKS_RESYNC_SECONDS, timeout=DISKS_PASS_SECONDS)
         doctor = Loop("doctor", self._doctor.watch, resync=DOCTOR_RESYNC_SECONDS, timeout=DOCTOR_PASS_SECONDS)
         learn = Loop("pause", self._learn, resync=PAUSE_RESYNC_SECONDS, timeout=PAUSE_PASS_SECONDS)
-        loops = (self._loop.run, disks.run, doctor.run, learn.run)
+        look = Setback(situation, self._services.restart).look
+        clock = Loop("the sentinel's clock", look, resync=CLOCK_RESYNC_SECONDS, timeout=CLOCK_PASS_SECONDS)
+        loops = (self._loop.run, disks.run, doctor.run, learn.run, clock.run)
         self.bodies = (*self._primacy.bodies, self._services.run, self._restarts.run, *loops)
         self.loops = (*self._primacy.loops, self._loop)
 

@@ -208,6 +208,7 @@ class SentinelAnswer:
     vote_epoch: int = 0
     vote_seen: float = 0.0
     took: float = 0.0
+    set_back: float = 0.0  # seconds by which its wall clock has gone back since it last heard that primary
 
 
 class Trouble(enum.StrEnum):

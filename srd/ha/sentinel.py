@@ -64,6 +64,12 @@ def _vote_question(primary: Endpoint) -> tuple[str, ...]:
     return ("SENTINEL", "IS-MASTER-DOWN-BY-ADDR", str(primary.address), str(primary.port), "0", "srd")
 
 
+def _set_back(master: Fields) -> float:
+    """Return by how many seconds its clock has gone back since it last heard the primary: how far ahead that seems."""
+    heard = [master.get(name, int) for name in ("last-ping-reply", "info-refresh")]  # milliseconds ago
+    return max(0.0, -min(heard) / 1000)
+
+
 class SentinelClient:
     """Asks one node's sentinel."""
 
@@ -123,6 +129,7 @@ class SentinelClient:
             vote=None if leader == NOBODY else str(leader),
             vote_epoch=int(epoch),
             took=answered - asked,
+            set_back=_set_back(master),
         )
 
     async def keep_pace(self, seconds: float = ANSWER_SECONDS) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from srd.ha.redis import _redis
 from srd.ha.resp import Fields, UnexpectedReplyError, checked
+from srd.ha.sentinel import _set_back
 from srd.model import Endpoint, Role
 from srd.state import Redis, ReplicaOf
 
@@ -123,6 +124,14 @@ def test_what_is_missing_or_wrong_is_named(found: str, instead: str, complaint: 
 def test_whether_its_append_only_file_is_written_anew(lines: str, rewriting: bool, rewritten: bool) -> None:  # noqa: FBT001
     seen = read(PRIMARY + lines)
     assert (seen.rewriting, seen.rewritten) == (rewriting, rewritten)
+
+
+@pytest.mark.parametrize(
+    ("ping", "info", "seconds"),
+    [("120", "900", 0.0), ("0", "0", 0.0), ("-3599880", "900", 3599.88), ("120", "-29000", 29.0), ("-1", "-5000", 5.0)],
+)
+def test_by_how_much_the_clock_of_a_sentinel_has_gone_back(ping: str, info: str, seconds: float) -> None:
+    assert _set_back(Fields("sentinel at x", {"last-ping-reply": ping, "info-refresh": info})) == seconds
 
 
 def test_a_reply_of_another_kind_is_refused() -> None:
