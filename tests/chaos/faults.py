@@ -157,7 +157,7 @@ def cut_port(world: World, victims: tuple[str, ...], service: str) -> Iterator[N
         ("INPUT", "!", "-i", "lo", "-p", "tcp", end, PORTS[service], "-j", "DROP") for end in ("--sport", "--dport")
     ]
     for rule in rules:
-        run("on", victims[0], *IPTABLES, "-A", *rule)
+        world.on(victims[0], *IPTABLES, "-A", *rule)
     yield
     for rule in rules:
         world.undo(victims[0], *IPTABLES, "-D", *rule)
@@ -168,7 +168,7 @@ def bad_wire(world: World, victims: tuple[str, ...], what: str) -> Iterator[None
     """Have a node's cable delay, lose or reorder what passes, either way."""
     netem = ("root", "netem", *NETEM[what].split(), "limit", "10000")
     run("tc", "qdisc", "add", "dev", f"w-{victims[0]}", *netem)
-    run("on", victims[0], "tc", "qdisc", "add", "dev", "eth0", *netem)
+    world.on(victims[0], "tc", "qdisc", "add", "dev", "eth0", *netem)
     yield
     run("tc", "qdisc", "delete", "dev", f"w-{victims[0]}", "root")
     world.undo(victims[0], "tc", "qdisc", "delete", "dev", "eth0", "root")
@@ -206,16 +206,16 @@ def fill_disk(world: World, victims: tuple[str, ...], _: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def flush_xfrm(_: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
+def flush_xfrm(world: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
     """Flush the kernel's SAs, or its policies, as somebody might who tidies up."""
-    run("on", victims[0], "ip", "xfrm", what, "flush")
+    world.on(victims[0], "ip", "xfrm", what, "flush")
     yield
 
 
 @contextlib.contextmanager
-def switch_over(_: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
+def switch_over(world: World, victims: tuple[str, ...], __: str) -> Iterator[None]:
     """Have a person move the primary to another node."""
-    run("on", victims[0], "srd", "switchover", "--to", victims[0])
+    world.on(victims[0], "srd", "switchover", "--to", victims[0])
     yield
 
 

@@ -101,6 +101,10 @@ class World(abc.ABC):
             if not self._pulled[node]:
                 run("ip", "link", "set", f"w-{node}", "up")
 
+    def on(self, node: str, *command: str, check: bool = True) -> str:
+        """Run a command on a node; return what it said. `NotNowError` where that is not to be had, or it fails."""
+        return run("on", node, *command, check=check)
+
     def child(self, node: str, service: str) -> int:
         """Return the pid of a child; `NotNowError` where none runs."""
         with contextlib.suppress(OSError, ValueError):
@@ -159,7 +163,7 @@ class World(abc.ABC):
 
     def undo(self, node: str, *command: str) -> None:
         """Run a command on a node that undoes a fault; a power cut may have done so before."""
-        run("on", node, *command, check=False)
+        self.on(node, *command, check=False)
 
     def keep_logs(self, where: Path) -> None:
         """Copy the logs of all that ran into a directory."""
@@ -207,7 +211,7 @@ class Namespaces(World):
 
     def upgrade(self, node: str) -> None:
         pid = self.srd(node)
-        run("on", node, "srd", "stop", "--keep-data-path")
+        self.on(node, "srd", "stop", "--keep-data-path")
         deadline = time.monotonic() + STOP_SECONDS
         while alive(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -221,15 +225,15 @@ class Namespaces(World):
             self.send(node, pid, signal.SIGKILL)
         flush = [f"ip xfrm {what} flush" for what in ("state", "policy")]
         flush += [f"{program}-legacy -{verb}" for program in ("iptables", "ip6tables") for verb in "FX"]
-        run("on", node, "sh", "-c", "; ".join(flush))
+        self.on(node, "sh", "-c", "; ".join(flush))
         for path in Path(f"/var/lab/{node}/run/srd").iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def power_on(self, node: str) -> None:
         # As srd-failclosed.service and srd.service do it: closed before the network is up.
-        run("on", node, "srd", "close")
+        self.on(node, "srd", "close")
         # Sockets outlive their processes here: what they have sent since waits for a neighbour's address, unprotected.
-        run("on", node, "ip", "neigh", "flush", "dev", "eth0")
+        self.on(node, "ip", "neigh", "flush", "dev", "eth0")
         self.plug(node)
         self._off.remove(node)
         self.revive(node)
@@ -248,7 +252,7 @@ class Namespaces(World):
 
     def fill(self, node: str) -> None:
         # It ends with an error, when there is no more room.
-        run("on", node, "dd", "if=/dev/zero", f"of={FILLER}", "bs=1M", check=False)
+        self.on(node, "dd", "if=/dev/zero", f"of={FILLER}", "bs=1M", check=False)
 
     def keep_logs(self, where: Path) -> None:
         super().keep_logs(where)

@@ -7,7 +7,7 @@ import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from support.namespace import inside
 
@@ -30,13 +30,16 @@ class _Way:
 
 
 def _way(station: str, address: Address) -> _Way:
-    kernel = KERNELS / station
-    if not kernel.exists():
+    if not (KERNELS / station).exists():
         with inside(station):
             return _Way(socket.socket(), address)
+    return _to_kernel(station, {"connect": address})
+
+
+def _to_kernel(station: str, request: dict[str, Any]) -> _Way:
     with inside(MANAGEMENT):
         opened = socket.socket()
-    return _Way(opened, (kernel.read_text().strip(), REMOTE_PORT), json.dumps({"connect": address}).encode() + b"\n")
+    return _Way(opened, ((KERNELS / station).read_text().strip(), REMOTE_PORT), json.dumps(request).encode() + b"\n")
 
 
 def connected(station: str, address: Address, seconds: float) -> socket.socket:
@@ -44,7 +47,15 @@ def connected(station: str, address: Address, seconds: float) -> socket.socket:
 
     The time is also that for each answer.
     """
-    way = _way(station, address)
+    return _begun(_way(station, address), seconds)
+
+
+def asked(station: str, request: dict[str, Any], seconds: float) -> socket.socket:
+    """Return a connection to what runs commands in a station's own kernel, which has been asked that."""
+    return _begun(_to_kernel(station, request), seconds)
+
+
+def _begun(way: _Way, seconds: float) -> socket.socket:
     try:
         way.socket.settimeout(seconds)
         way.socket.connect(way.address)
