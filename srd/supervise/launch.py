@@ -133,8 +133,9 @@ class Launcher:
 
     def _write_redis(self, owner: Owner, start: Start) -> None:
         directory = self._paths.service_dir(Service.REDIS)
-        if start.primary is not None and not (self._paths.state_dir / FOLLOWS_NAME).exists():
-            self.keep_data()
+        if start.primary is not None:
+            if not (self._paths.state_dir / FOLLOWS_NAME).exists():
+                self.keep_data()
             if boottime() < self._last_redis + SOON_SECONDS:
                 self._set_aside_unreadable(owner, directory)
         self._last_redis = boottime()
@@ -146,6 +147,7 @@ class Launcher:
         program = programs.find_program(self._config, Service.REDIS)
         try:
             if is_unreadable(program, owner, directory, self._paths.log_file(Service.REDIS)):
+                self.keep_data()
                 cleared = owner.do(lambda: clear(directory))
                 log.warning("redis cannot read its append-only file", directory=str(directory), begins_anew=cleared)
         except (OSError, SrdError) as error:
