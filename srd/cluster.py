@@ -239,6 +239,11 @@ class Config:
         return len(self.redis_nodes) // 2
 
     @property
+    def appends(self) -> bool:
+        """Whether redis keeps an append-only file, and loads that one and no other."""
+        return str(self.redis.settings.get("appendonly", "yes")).lower() == "yes"
+
+    @property
     def parallel_syncs(self) -> int:
         """How many replicas a failover has follow the new primary at once: all of them."""
         return max(len(self.redis_nodes) - 1, 1)

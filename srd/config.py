@@ -68,11 +68,11 @@ class _RawFile(Section, frozen=True):
 
 # What srd decides itself; a second line in redis.conf would win over srd's, silently.
 _OWNED_DIRECTIVES: Final = frozenset({
-    "aclfile", "bind", "daemonize", "dir", "enable-debug-command", "enable-module-command",
-    "enable-protected-configs", "include", "logfile", "masterauth", "masteruser", "min-replicas-max-lag",
-    "min-replicas-to-write", "min-slaves-max-lag", "min-slaves-to-write", "pidfile", "port", "protected-mode",
-    "rename-command", "replica-announce-ip", "replica-announce-port", "replica-priority", "replicaof", "requirepass",
-    "slave-priority", "slaveof", "supervised", "syslog-enabled", "tls-port", "unixsocket", "user",
+    "aclfile", "appenddirname", "appendfilename", "bind", "daemonize", "dbfilename", "dir", "enable-debug-command",
+    "enable-module-command", "enable-protected-configs", "include", "logfile", "masterauth", "masteruser",
+    "min-replicas-max-lag", "min-replicas-to-write", "min-slaves-max-lag", "min-slaves-to-write", "pidfile", "port",
+    "protected-mode", "rename-command", "replica-announce-ip", "replica-announce-port", "replica-priority", "replicaof",
+    "requirepass", "slave-priority", "slaveof", "supervised", "syslog-enabled", "tls-port", "unixsocket", "user",
 })  # fmt: skip
 
 

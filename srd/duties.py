@@ -22,6 +22,7 @@ from srd.reconcile import Loop
 from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.setback import Setback
 from srd.state import ChildState, Situation, Store, View, services_of
+from srd.supervise import inventory
 from srd.supervise.disks import Disks
 from srd.supervise.probe import probe_tls
 from srd.supervise.programs import listen_endpoints, owner_of
@@ -292,12 +293,11 @@ class Duties:
             self._death = self._primacy.died(asked=asked)
 
     def _holds_data(self) -> bool:
-        """Whether a redis has run in the data directory: an RDB file, or an append-only directory with files."""
+        """Whether redis would load anything from its data directory."""
         directory = self._paths.service_dir(Service.REDIS)
+        appends = self._config.appends
         try:
-            return owner_of(self._config, Service.REDIS).do(
-                lambda: (directory / "dump.rdb").exists() or any(directory.glob("appendonlydir/*"))
-            )
+            return owner_of(self._config, Service.REDIS).do(lambda: inventory.look(directory, appends=appends)).data
         except OSError as error:
             user = self._config.redis.user
             raise SrdError("look into", str(directory), str(error.strerror), f"chown -R {user}: {directory}") from error

@@ -83,8 +83,7 @@ def has_joined(node: Node, view: View) -> bool:
 def start(situation: Situation, death: Death | None, *, holds_data: bool) -> Start:
     """Decide how redis may start now, by the rules above.
 
-    `holds_data`: the data directory has an RDB file or an append-only directory with files, even empty ones: a redis
-    has run there.
+    `holds_data`: redis would load something from its data directory, be it a data set without keys.
     """
     config, view = situation.config, situation.view
     heard = fresh(config, view.sentinels, situation.now)

@@ -1,0 +1,177 @@
+"""What redis would load from its data directory, and how far that has come, by its files alone. Blocks.
+
+Redis 7.0 with an append-only file forgets at a restart where in its primary's stream it was: replica or primary, it
+comes back with another replication id and offset 0 (measured; the id is restored from an RDB file alone). The files do
+say it. A primary and its replicas append the same bytes, command by command (measured: identical), so the last bytes of
+one node's file are found in another's, and what follows them there is what the first one lacks. A file that lost its
+end in a power cut is a prefix of what it was, be it in the middle of a command.
+
+Which files: with `appendonly yes` those of the manifest, and nothing without one: redis then starts empty, beside an
+RDB file, too (measured). Otherwise the RDB file.
+
+To be called with the rights of redis' account.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+APPEND_ONLY: Final = "appendonlydir"
+MANIFEST: Final = "appendonly.aof.manifest"
+SNAPSHOT: Final = "dump.rdb"
+# Enough to be found once; what many a client writes again and again is told apart by the numbers in it.
+END_BYTES: Final = 4096
+# Two nodes that were in touch differ by what was not on disk yet: two seconds of a stream, at 100 MB/s.
+WINDOW_BYTES: Final = 256 << 20
+_CHUNK_BYTES: Final = 1 << 20
+_HEAD_BYTES: Final = 1024  # of an RDB file; what it says of itself comes first
+_MAGIC_BYTES: Final = 9  # REDIS0010, VALKEY080
+_AUX: Final = 0xFA
+# rdb.h: the first two bits of a length, then what follows it.
+_SIX_BITS, _FOURTEEN_BITS, _INTEGER = 0, 1, 3
+_INTEGER_BYTES: Final = {0: 1, 1: 2, 2: 4}
+_LONG_LENGTHS: Final = {0x80: 4, 0x81: 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What lies in a data directory. `data`: redis would load something, be it an empty data set.
+
+    `log` is the append-only file that redis would go on with and `size` the bytes of all of them; `end` are the last
+    bytes of the log. `replid` and `offset` are of an RDB file that a primary or a replica in touch has written.
+    """
+
+    data: bool = False
+    log: str = ""
+    size: int = 0
+    end: bytes = b""
+    replid: str = ""
+    offset: int = 0
+
+
+def look(directory: Path, *, appends: bool) -> Files:
+    """Return what redis would load; `appends` is its `appendonly`. Raises `OSError`."""
+    if appends:
+        return _look_at_log(directory / APPEND_ONLY)
+    try:
+        with (directory / SNAPSHOT).open("rb") as file:
+            told = _told_by(file.read(_HEAD_BYTES))
+    except FileNotFoundError:
+        return Files()
+    return Files(data=True, replid=told.get("repl-id", ""), offset=int(told.get("repl-offset", "0")))
+
+
+def bytes_after(directory: Path, end: bytes) -> int | None:
+    """Return how much the append-only file has after these bytes; None if they are not in it, or more than once."""
+    if not end:
+        return None
+    _, logs = _listed(directory / APPEND_ONLY)
+    found: list[int] = []
+    carried, passed = b"", 0
+    for chunk in _backwards(logs):
+        text = chunk + carried
+        index = text.rfind(end)
+        while index >= 0:
+            found.append(passed + len(text) - len(carried) - index - len(end))
+            if len(found) > 1:
+                return None
+            index = text.rfind(end, 0, index + len(end) - 1)
+        passed += len(chunk)
+        carried = text[: len(end) - 1]
+        if passed >= WINDOW_BYTES:
+            break
+    return found[0] if found else None
+
+
+def _look_at_log(directory: Path) -> Files:
+    base, logs = _listed(directory)
+    paths = [*base, *logs]
+    try:
+        sizes = {path: path.stat().st_size for path in paths}
+    except FileNotFoundError:
+        return Files()  # a listed one is missing: redis would not start
+    if not paths or any(path.suffix == ".rdb" and sizes[path] == 0 for path in base):
+        return Files()  # redis would take an empty base for an empty data set
+    end = b""
+    for chunk in _backwards(logs):
+        end = chunk + end
+        if len(end) >= END_BYTES:
+            break
+    log = logs[-1].name if logs else ""
+    return Files(data=True, log=log, size=sum(sizes.values()), end=end[-END_BYTES:])
+
+
+def _listed(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Return the base files (one or none) and the logs of the manifest, in the order in which redis loads them."""
+    try:
+        lines = (directory / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return [], []
+    base: list[Path] = []
+    logs: list[Path] = []
+    for line in lines:
+        match line.split():
+            case ["file", name, "seq", _, "type", "b"]:
+                base.append(directory / Path(name).name)
+            case ["file", name, "seq", _, "type", "i"]:
+                logs.append(directory / Path(name).name)
+    return base, logs
+
+
+def _backwards(files: list[Path]) -> Iterator[bytes]:
+    """Yield the bytes of these files as if they were one, the last ones first, in pieces."""
+    for path in reversed(files):
+        with path.open("rb") as file:
+            yield from _file_backwards(file)
+
+
+def _file_backwards(file: BinaryIO) -> Iterator[bytes]:
+    left = file.seek(0, os.SEEK_END)
+    while left > 0:
+        start = max(0, left - _CHUNK_BYTES)
+        file.seek(start)
+        yield file.read(left - start)
+        left = start
+
+
+def _told_by(head: bytes) -> dict[str, str]:
+    """Return what an RDB file says of itself at its head, by name; less where it says it in a way not known here."""
+    told: dict[str, str] = {}
+    place = _MAGIC_BYTES
+    while place < len(head) and head[place] == _AUX:
+        name, place = _string(head, place + 1)
+        value, place = _string(head, place)
+        if value is None or name is None:
+            break
+        told[name] = value
+    return told
+
+
+def _string(head: bytes, place: int) -> tuple[str | None, int]:
+    """Read a string of an RDB file (rdb.c, rdbLoadStringObject): its text and where the next thing begins."""
+    if place >= len(head):
+        return None, place
+    first = head[place]
+    kind, rest = first >> 6, first & 0x3F
+    place += 1
+    if kind == _INTEGER:
+        size = _INTEGER_BYTES.get(rest)
+        if size is None or place + size > len(head):
+            return None, place
+        return str(int.from_bytes(head[place : place + size], "little", signed=True)), place + size
+    if kind == _SIX_BITS:
+        length = rest
+    elif kind == _FOURTEEN_BITS and place < len(head):
+        length, place = rest << 8 | head[place], place + 1
+    else:
+        width = _LONG_LENGTHS.get(first, 0)
+        if not width:
+            return None, place
+        length, place = int.from_bytes(head[place : place + width], "big"), place + width
+    if place + length > len(head):
+        return None, place
+    return head[place : place + length].decode("latin-1"), place + length
