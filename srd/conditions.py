@@ -42,6 +42,7 @@ class Code(enum.StrEnum):
     CHILD_WAITING = "child_waiting"
     DISK_TROUBLE = "disk_trouble"
     SAVING_FAILS = "saving_fails"
+    NO_PERSISTENCE = "no_persistence"
     NO_MAJORITY = "no_majority"
     NO_SUCCESSOR = "no_successor"
     SENTINEL_TROUBLE = "sentinel_trouble"
@@ -122,6 +123,9 @@ def _service_conditions(s: Situation) -> list[Condition]:
     if s.view.redis is not None and s.view.redis.unsaved is not None:
         text = f"redis could not write its {s.view.redis.unsaved}, so it takes no writes as primary: see srd logs redis"
         found.append(Condition(Code.SAVING_FAILS, Severity.CRITICAL, s.node.name, text))
+    if s.view.redis is not None and not s.view.redis.persistence:
+        text = "redis saves nothing: when all nodes are without power at a time, all data is lost (redis.settings)"
+        found.append(Condition(Code.NO_PERSISTENCE, Severity.WARNING, s.node.name, text))
     for service in services_of(s.node):
         child = s.view.children.get(service)
         if child is not None:

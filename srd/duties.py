@@ -16,16 +16,16 @@ from srd.desired import Start
 from srd.ha import restart
 from srd.ha.primacy import ENDING_SECONDS, LEAVING_SECONDS, Primacy
 from srd.ha.repair import Doctor
+from srd.ledger import Ledger
 from srd.maintenance import PAUSE_TOPIC, Maintenance
-from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
+from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, TimedOutError
 from srd.reconcile import Loop
 from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.setback import Setback
 from srd.state import ChildState, Situation, Store, View, services_of
-from srd.supervise import inventory
 from srd.supervise.disks import Disks
 from srd.supervise.probe import probe_tls
-from srd.supervise.programs import listen_endpoints, owner_of
+from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
 from srd.systemd import FdStore
 
@@ -42,6 +42,9 @@ DOCTOR_PASS_SECONDS: Final = 10.0
 # A sentinel is asked about as often. A start of it may have to wait for a pass of all children.
 CLOCK_RESYNC_SECONDS: Final = 0.5
 CLOCK_PASS_SECONDS: Final = PASS_SECONDS
+
+NOTING_SECONDS: Final = 1.0
+NOTING_PASS_SECONDS: Final = 10.0
 
 # As often as a heartbeat comes, which may say something new of it.
 PAUSE_RESYNC_SECONDS: Final = 1.0
@@ -72,8 +75,8 @@ class Duties:
         self._config, self._node, self._paths = config, node, paths
         self._situation = situation
         self._store, self._view = store, store.view
-        self._death: restart.Death | None = None
         annals = Annals(paths, config.cluster)
+        self._ledger = Ledger(paths, situation)
         self._primacy = Primacy(
             config,
             node,
@@ -83,6 +86,8 @@ class Duties:
             ask_peer=ask_peer,
             wake=self._wake,
             keep_data=self._keep_data,
+            stock=self._ledger.stock,
+            after=self._ledger.after,
             saved=annals.load(),
             save=annals.save,
         )
@@ -114,10 +119,11 @@ class Duties:
         look = Disks(paths, store.writer("disks"), self._services.retry).reconcile
         disks = Loop("disks", look, resync=DISKS_RESYNC_SECONDS, timeout=DISKS_PASS_SECONDS)
         doctor = Loop("doctor", self._doctor.watch, resync=DOCTOR_RESYNC_SECONDS, timeout=DOCTOR_PASS_SECONDS)
+        note = Loop("progress", self._ledger.note, resync=NOTING_SECONDS, timeout=NOTING_PASS_SECONDS)
         learn = Loop("pause", self._learn, resync=PAUSE_RESYNC_SECONDS, timeout=PAUSE_PASS_SECONDS)
         look = Setback(situation, self._services.restart).look
         clock = Loop("the sentinel's clock", look, resync=CLOCK_RESYNC_SECONDS, timeout=CLOCK_PASS_SECONDS)
-        loops = (self._loop.run, disks.run, doctor.run, learn.run, clock.run)
+        loops = (self._loop.run, disks.run, doctor.run, learn.run, note.run, clock.run)
         self.bodies = (*self._primacy.bodies, self._services.run, self._restarts.run, *loops)
         self.loops = (*self._primacy.loops, self._loop)
 
@@ -282,22 +288,11 @@ class Duties:
         child = self._view().children.get(Service.REDIS)
         runs = child is not None and child.pid is not None
         # To look costs a thread that becomes redis' user, 5 ms; of one that runs it is known.
-        holds_data = runs or await asyncio.to_thread(self._holds_data)
-        return restart.start(self._situation(), self._death, holds_data=holds_data)
+        holds_data = runs or await asyncio.to_thread(self._ledger.holds_data)
+        return self._primacy.start(holds_data=holds_data)
 
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""
         if service is Service.REDIS:
             child = self._view().children.get(service)
-            asked = child is not None and child.state is ChildState.STOPPING
-            self._death = self._primacy.died(asked=asked)
-
-    def _holds_data(self) -> bool:
-        """Whether redis would load anything from its data directory."""
-        directory = self._paths.service_dir(Service.REDIS)
-        appends = self._config.appends
-        try:
-            return owner_of(self._config, Service.REDIS).do(lambda: inventory.look(directory, appends=appends)).data
-        except OSError as error:
-            user = self._config.redis.user
-            raise SrdError("look into", str(directory), str(error.strerror), f"chown -R {user}: {directory}") from error
+            self._primacy.died(asked=child is not None and child.state is ChildState.STOPPING)

@@ -171,6 +171,11 @@ class Redis:
     rewritten: bool = True  # and the last time that succeeded
     promoted_at_offset: int | None = None  # up to where it has followed another primary, before it became one itself
 
+    @property
+    def in_step(self) -> bool:
+        """Whether it is a replica that has all that its primary has, or is about to."""
+        return self.role is Role.REPLICA and self.link_up and not self.sync_in_progress
+
 
 class DiskTrouble(enum.StrEnum):
     """Why a directory cannot be written to."""

@@ -108,7 +108,7 @@ class Failover:
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
         self._aligned: Node | None = None
-        self._tried: tuple[Endpoint, float] | None = None  # whom, and until when not again
+        self._tried: tuple[Endpoint, str | None, float] | None = None  # whom, by whom, and until when not again
 
     def heard(self, event: Event) -> None:
         """Take note of what a sentinel has announced."""
@@ -140,30 +140,34 @@ class Failover:
         await asyncio.sleep(ALIGNING_SECONDS)
         await sentinel.look_every(SELDOM_MILLISECONDS, STEP_SECONDS)
 
-    async def replace(self, primary: Node, why: str) -> None:
+    async def replace(self, primary: Node, why: str, *, prefer: str | None = None) -> None:
         """Have the sentinels elect another primary now; return when they have chosen one, or when they do not.
 
-        During a pause it is left to them, who know of no pause.
+        `prefer` is the node that they are to elect, where that is known; otherwise it is the replica with most. During
+        a pause it is left to them, who know of no pause.
         """
         if self._situation().paused:
             log.warning("leaving it to the sentinels", primary=primary.name, why="srd is paused")
             return
         config, now = self._fleet.config, boottime()
         endpoint = endpoint_of(config, primary)
-        if self._busy.locked() or (self._tried is not None and self._tried[0] == endpoint and now < self._tried[1]):
+        if self._busy.locked():
+            return
+        if self._tried is not None and self._tried[:2] == (endpoint, prefer) and now < self._tried[2]:
             return
         async with self._busy:
-            self._tried = endpoint, now + UNFIT_SECONDS
+            self._tried = endpoint, prefer, now + UNFIT_SECONDS
             self._chosen.clear()
             reason = await self._unfit(endpoint)
             if reason is not None:
                 log.warning("leaving it to the sentinels", primary=primary.name, why=reason)
                 return
+            if not await self._steer(primary, prefer):
+                return
             # Sentinels that voted without a result try again after twice the failover-timeout, and not before.
-            self._tried = endpoint, now + 2 * config.sentinel.failover_timeout
+            self._tried = endpoint, prefer, now + 2 * config.sentinel.failover_timeout
             log.warning("hurrying the sentinels", primary=primary.name, why=why)
             self._hurrying(primary, why)
-            await self._steer(primary)
             await self._hurry(endpoint)
 
     async def _unfit(self, primary: Endpoint) -> str | None:
@@ -177,23 +181,30 @@ class Failover:
             return "they are replacing it already"
         return None
 
-    async def _steer(self, primary: Node) -> None:
-        """Prefer the replica that has most, if they differ, and wait until the sentinels know."""
+    async def _steer(self, primary: Node, prefer: str | None) -> bool:
+        """Prefer a node, or the replica that has most if they differ; return whether the sentinels can choose one."""
         others = self._talking(self._fleet.redises)
         others.pop(primary.name, None)
-        said = await on_all(others, lambda redis: redis.observe(STEP_SECONDS))
-        best = most_advanced(said)
+        best = prefer
         if best is None:
-            return
+            said = await on_all(others, lambda redis: redis.observe(STEP_SECONDS))
+            if said and all(redis.priority == NEVER_PRIORITY for redis in said.values()):
+                log.info("nobody is to be promoted", primary=primary.name)  # ha/coldstart.py
+                return False
+            best = most_advanced(said)
+            if best is None:
+                return True
+            log.info("preferring", replica=best, offsets={name: redis.offset for name, redis in said.items()})
         endpoint = endpoint_of(self._fleet.config, self._fleet.config.node(best))
-        log.info("preferring", replica=best, offsets={name: redis.offset for name, redis in said.items()})
         sentinels = self._talking(self._fleet.sentinels)
+        preferred = {best: self._fleet.redises[best]}
         await on_all(sentinels, lambda sentinel: sentinel.look_every(OFTEN_MILLISECONDS, STEP_SECONDS))
-        await on_all({best: others[best]}, lambda redis: redis.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS))
+        await on_all(preferred, lambda redis: redis.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STEERING_SECONDS):
-                while not await _know(sentinels, endpoint):  # noqa: ASYNC110 - sentinels announce no priority
+                while not all(await _know(sentinels, endpoint)):  # noqa: ASYNC110 - sentinels announce no priority
                     await asyncio.sleep(HASTE_SECONDS / 4)
+        return prefer is None or any(await _know(sentinels, endpoint))
 
     def _talking(self, clients: Mapping[str, C]) -> dict[str, C]:
         """Return the clients but for those of nodes that are known to be silent: each would cost a whole step."""
@@ -219,10 +230,10 @@ class Failover:
             self._wake()
 
 
-async def _know(sentinels: Mapping[str, SentinelClient], preferred: Endpoint) -> bool:
-    """Whether each of them has seen the priority."""
+async def _know(sentinels: Mapping[str, SentinelClient], preferred: Endpoint) -> list[bool]:
+    """Return of each of them that answers whether it has seen the priority; one no is the answer of nobody."""
     shown = await on_all(sentinels, lambda sentinel: sentinel.priorities(STEP_SECONDS))
-    return bool(shown) and all(priorities.get(preferred) == PREFERRED_PRIORITY for priorities in shown.values())
+    return [priorities.get(preferred) == PREFERRED_PRIORITY for priorities in shown.values()] or [False]
 
 
 def most_advanced(said: Mapping[str, Redis]) -> str | None:

@@ -184,14 +184,20 @@ class Observer:
             if self._torn.is_due(seen, self._clock()):
                 await self.redis.rewrite_log()
                 log.info("redis writes its append-only file anew", why="it could not write to it for a time")
-            drained = self._store.view().drained
-            wanted = NEVER_PRIORITY if drained else self._config.node(self._node.name).priority
-            # One that a failover has set may be needed, but of a drained node; any other is an old file's.
-            tolerated = (wanted,) if drained else (wanted, PREFERRED_PRIORITY)
-            if self._preferred.is_due(differs=seen.priority != wanted, now=self._clock()) or (
-                seen.priority not in tolerated
-            ):
-                await self.redis.keep_priority(wanted)
+            await self._keep_priority(self.redis, seen)
+
+    async def _keep_priority(self, client: RedisClient, seen: Redis) -> None:
+        """Keep true what redis says of itself to the sentinels: whether it may be promoted, and how soon."""
+        drained = self._store.view().drained
+        if seen.priority == NEVER_PRIORITY and not drained and seen.role is Role.REPLICA and not seen.in_step:
+            return  # it was started as a replica, and what it has may be old
+        wanted = NEVER_PRIORITY if drained else self._config.node(self._node.name).priority
+        # One that a failover has set may be needed, but of a drained node; any other is an old file's.
+        tolerated = (wanted,) if drained else (wanted, PREFERRED_PRIORITY)
+        if self._preferred.is_due(differs=seen.priority != wanted, now=self._clock()) or (
+            seen.priority not in tolerated
+        ):
+            await client.keep_priority(wanted)
 
     async def _observe_redis(self, client: RedisClient) -> Redis | None:
         # A redis that is down is an observation, not a failure of the observer. Said once per reason.

@@ -15,7 +15,10 @@ import structlog
 
 from srd.changes import ChangeKind
 from srd.cluster import Config, Node
+from srd.desired import Start
+from srd.ha import restart
 from srd.ha.chronicle import HISTORY_TOPIC, Chronicle
+from srd.ha.coldstart import AFTER_TOPIC, STOCK_TOPIC, ColdStart
 from srd.ha.custody import Custody
 from srd.ha.failover import Failover, silent_since
 from srd.ha.fence import Fence
@@ -24,6 +27,7 @@ from srd.ha.history import History
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.observe import Observer
+from srd.ha.progress import Stock
 from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, Promotion
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
@@ -40,6 +44,7 @@ log = structlog.get_logger(__name__)
 WATCH_SECONDS: Final = 0.1
 CALM_SECONDS: Final = 1.0
 FENCE_PASS_SECONDS: Final = 5.0
+COMPARING_SECONDS: Final = 0.5
 # A choice of the sentinels is waited for, and before that for them to see who has most.
 REPLACING_SECONDS: Final = 15.0
 SWITCHOVER_TOPIC: Final = "switchover"
@@ -57,7 +62,8 @@ class Primacy:
     """The parts, and what the daemon runs of them: `bodies` side by side.
 
     `situation` is asked for every judgement, `ask_peer` asks another node's srd, `wake` is called at each event,
-    `keep_data` before redis' files may be replaced by another node's. `saved` is the history that an earlier srd has
+    `keep_data` before redis' files may be replaced by another node's. `stock` and `after` say what this node has
+    (ha/coldstart.py). `saved` is the history that an earlier srd has
     kept, `save` keeps it and blocks.
     """
 
@@ -72,6 +78,8 @@ class Primacy:
         ask_peer: AskPeer,
         wake: Callable[[], None],
         keep_data: Callable[[], Awaitable[None]],
+        stock: Callable[[], Awaitable[Stock]],
+        after: Callable[[str], Awaitable[int | None]],
         saved: History = (),
         save: Callable[[History], None] = lambda _: None,
     ) -> None:
@@ -92,8 +100,21 @@ class Primacy:
         silence = Loop("silence", self.failover.watch, resync=self._pace, timeout=REPLACING_SECONDS)
         self._watches = [silence]
         self.bodies: list[Callable[[], Coroutine[Any, Any, None]]] = [silence.run, *self._chronicle.bodies]
+        self._death: Death | None = None
+        self._stock, self._after = stock, after
+        self._cold = ColdStart(
+            self.failover,
+            situation=situation,
+            ask_peer=ask_peer,
+            stock=stock,
+            after=after,
+            died=lambda: self._death,
+            wake=wake,
+        )
         own = self._fleet.redises.get(node.name)
         if own is not None:
+            comparing = Loop("cold start", self._cold.reconcile, resync=COMPARING_SECONDS, timeout=REPLACING_SECONDS)
+            self.bodies.append(comparing.run)
             promotion = Promotion(
                 self._fleet, node, store=store, custody=self._custody, ask_peer=ask_peer, wake=self.look
             )
@@ -167,7 +188,7 @@ class Primacy:
 
         `asked` says whether srd was asked to end it.
         """
-        death = self.observer.death()
+        self._death = death = self.observer.death()
         if death.as_role is Role.PRIMARY:
             kind = ChangeKind.OPERATOR if asked else ChangeKind.CRASH
             own = endpoint_of(self._config, self._node)
@@ -175,6 +196,10 @@ class Primacy:
             if len(self._config.redis_nodes) > 1:
                 self._died.set()
         return death
+
+    def start(self, *, holds_data: bool) -> Start:
+        """Decide how this node's redis may start now: `restart.start`."""
+        return restart.start(self._situation(), self._death, holds_data=holds_data, census=self._cold.census)
 
     async def farewell(self) -> None:
         """Tell the other nodes that the primary's redis, which is here, is about to be ended on purpose.
@@ -309,9 +334,14 @@ class Primacy:
             own = endpoint_of(self._config, self._config.node(peer))
             self._losses.note(Loss(ChangeKind.OPERATOR, own, boottime(), f"srd was stopped on {peer}", peer))
             return {}
+        if topic in (STOCK_TOPIC, AFTER_TOPIC):
+            return (await self._stock()).body() if topic == STOCK_TOPIC else await self._compared(body)
         if topic == HISTORY_TOPIC:
             return self._chronicle.answer(peer, body)
         raise RefusedError("answer", topic, "this srd knows no such question")
+
+    async def _compared(self, body: Body) -> Body:
+        return {"after": await self._after(str(body.get("end", "")))}
 
     def _judge(self) -> None:
         self.observer.judge()

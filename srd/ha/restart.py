@@ -15,7 +15,8 @@ The rules.
    hide the end from them, and with it whatever was lost. After `down_after + 2 * failover_timeout` + 10 s nobody else
    can be promoted (a sentinel that voted waits 2 * failover_timeout before it tries itself: 10.5 s measured with 5 s).
    A failover that is under way is waited for, too.
-4. It names me: primary, if the data directory holds data. If not, only if nobody else can have any.
+4. It names me: primary, if no other redis node has more (ha/coldstart.py compares them), and the data directory holds
+   data. If it does not, only if nobody else can have any. Whoever has more is elected first.
 
 Why never two primaries. A redis starts as primary by rule 4 only; any other becomes one by an election. An election
 needs the votes of a majority of all voters (config.quorum is no less). Any two majorities share a voter: one of those
@@ -23,7 +24,11 @@ in rule 1 took part in the last election. It is no newcomer then, so it answered
 epoch. Without any election, everybody derives the same P. (An election that ends while redis is being started is
 Sentinel's own race: it demotes the one with the lower epoch, and the lease keeps /primary at 503 meanwhile.) That is
 the read quorum of Paxos; a majority that names the same node would be more than is needed, and can be too late: while
-the winner's name spreads, a majority may still name the loser.
+the winner's name spreads, a majority may still name the loser. Rule 4 only puts a start off.
+
+Why no replica is emptied. A replica's data is replaced by its primary's only, and a redis becomes primary by rule 4,
+after it was compared, or by an election. Whom the sentinels can elect was in step with a primary since it was started,
+or was found to have most: any other says replica-priority 0, from its first moment on.
 
 Why no deadlock. The sentinels of joined nodes start without redis, newcomers are counted without a sentinel, so a
 majority of nodes that are up and connected fulfils rule 1. For the first boot of three nodes, where P is node 1:
@@ -40,7 +45,9 @@ majority of nodes that are up and connected fulfils rule 1. For the first boot o
 
 What is assumed, as in any consensus: a voter does not forget. A node whose disk was lost is a newcomer again; put it
 back while a majority of the others is up, for it can help those who know less than the ones that are down.
-What waits for a person: a first node that never came; a primary's lost data while no node with a copy is up.
+What waits for a person: a first node that never came; a primary's lost data while no node with a copy is up; a node
+that has more than the named one, is heard, and does not get its redis up (after 12 s without its srd, it is no more
+waited for).
 """
 
 from __future__ import annotations
@@ -67,6 +74,18 @@ class Death:
     as_role: Role
 
 
+@dataclass(frozen=True, slots=True)
+class Census:
+    """What came of comparing this node with the other redis nodes (ha/coldstart.py).
+
+    `ahead` has more, and is to be elected; `awaited` have not been heard yet; `empty`: all were, and none has anything.
+    """
+
+    ahead: str | None = None
+    awaited: tuple[str, ...] = ()
+    empty: bool = False
+
+
 def patience_seconds(config: Config) -> float:
     """Return how long a redis that ended leaves the sentinels to replace it."""
     return config.sentinel.down_after + 2 * config.sentinel.failover_timeout + PATIENCE_SLACK_SECONDS
@@ -75,15 +94,27 @@ def patience_seconds(config: Config) -> float:
 def has_joined(node: Node, view: View) -> bool:
     """Return whether this node is part of the cluster from now on; the daemon keeps that in `View.initialized`."""
     redis, own = view.redis, view.sentinels.get(node.name)
-    linked = redis is not None and redis.role is Role.REPLICA and redis.link_up and not redis.sync_in_progress
+    linked = redis is not None and redis.in_step
     leading = redis is not None and redis.role is Role.PRIMARY and not redis.loading
     return linked or leading or (own is not None and own.epoch > 0)
 
 
-def start(situation: Situation, death: Death | None, *, holds_data: bool) -> Start:
+def known_primary(situation: Situation) -> Endpoint | None:
+    """Return the node that is primary by rule 1, None while that is not known."""
+    heard = fresh(situation.config, situation.view.sentinels, situation.now)
+    return _greatest(situation.config, heard) if _missing_knowledge(situation, heard) is None else None
+
+
+def is_first_boot(situation: Situation) -> bool:
+    """Whether nobody in the cluster can have any data: a majority are newcomers."""
+    return _nobody_has_data(situation, fresh(situation.config, situation.view.sentinels, situation.now))
+
+
+def start(situation: Situation, death: Death | None, *, holds_data: bool, census: Census | None = None) -> Start:
     """Decide how redis may start now, by the rules above.
 
-    `holds_data`: redis would load something from its data directory, be it a data set without keys.
+    `holds_data`: redis would load something from its data directory, be it a data set without keys. `census` is None
+    while the nodes have not been compared.
     """
     config, view = situation.config, situation.view
     heard = fresh(config, view.sentinels, situation.now)
@@ -98,9 +129,22 @@ def start(situation: Situation, death: Death | None, *, holds_data: bool) -> Sta
     awaited = _replacement(situation, death, heard)
     if awaited is not None:
         return Start(hold=awaited)
-    if holds_data or _nobody_has_data(situation, heard):
+    if len(config.redis_nodes) == 1 or _nobody_has_data(situation, heard):
         return Start()
-    return Start(hold="the sentinels to name a node that has the data: this data directory is empty")
+    return Start(hold=_objection(census, holds_data=holds_data))
+
+
+def _objection(census: Census | None, *, holds_data: bool) -> str | None:
+    """Say why this node, which the sentinels name, is not to lead with what it has; None if it is."""
+    if census is None:
+        return "what the other nodes have, to be compared with what this one has"
+    if census.awaited:
+        return f"{' and '.join(census.awaited)}, which may have more data than this node"
+    if census.ahead is not None:
+        return f"the sentinels to name {census.ahead}, which has more data than this node"
+    if holds_data or census.empty:
+        return None
+    return "the sentinels to name a node that has the data: this data directory is empty"
 
 
 def _missing_knowledge(situation: Situation, heard: Mapping[str, SentinelAnswer]) -> str | None:

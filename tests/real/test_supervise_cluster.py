@@ -54,6 +54,8 @@ async def test_a_killed_primary_is_replaced_and_comes_back_as_a_replica() -> Non
             first, *others = members
             for other in others:
                 await eventually(partial(follows, other, first), "replication")
+                # As ha/observe.py does of a replica that is in step.
+                await other.ask("CONFIG", "SET", "replica-priority", "100")
             await eventually(lambda: sentinels_know_all(members), "the sentinels to know one another")
             await first.ask("SET", "key", "before")
             assert await first.ask("WAIT", "2", "5000") == 2

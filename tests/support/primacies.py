@@ -19,6 +19,7 @@ from redis.asyncio import Redis as RawRedis
 from srd.annals import Annals
 from srd.ha.lease import PROMOTED_FLAG
 from srd.ha.primacy import Primacy
+from srd.ha.progress import Stock
 from srd.model import Body, Endpoint, Paths, RefusedError, Role, Service
 from srd.reconcile import boottime, until_first
 from srd.state import Child, ChildState, Lease, PeerReport, Situation, Store, View
@@ -54,12 +55,20 @@ class Srd:
             ask_peer=self.ask,
             wake=lambda: None,
             keep_data=self.keep_data,
+            stock=self.stock,
+            after=self.after,
             saved=self.annals.load(),
             save=self.annals.save,
         )
 
     async def keep_data(self) -> None:
         self.kept += 1
+
+    async def stock(self) -> Stock:
+        return Stock(self.name, data=True, able=True, ready=True, chosen=True)
+
+    async def after(self, _end: str) -> int | None:
+        return None
 
     def situation(self) -> Situation:
         return Situation(self.config, self.node, self.store.view(), boottime())

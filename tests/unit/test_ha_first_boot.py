@@ -118,7 +118,8 @@ def decide(sight: Sight) -> tuple[int | None, bool]:
     )  # fmt: skip
     situation = Situation(config, node, view, NOW)
     death = restart.Death(NOW - 1, Role.PRIMARY) if sight.died else None
-    start = restart.start(situation, death, holds_data=sight.data)
+    # Compared already, and nobody has more: to wait for that (ha/coldstart.py) only puts a start off.
+    start = restart.start(situation, death, holds_data=sight.data, census=restart.Census())
     wanted = desired.services(situation, start)
     role = None
     if Service.REDIS in wanted and wanted[Service.REDIS].run and not sight.redis:

@@ -10,6 +10,7 @@ from srd.changes import RoleChange
 from srd.ha.chronicle import HISTORY_TOPIC
 from srd.ha.history import word_of
 from srd.ha.primacy import ENDING_TOPIC, SWITCHOVER_TOPIC, Primacy
+from srd.ha.progress import Stock
 from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC
 from srd.model import Body, RefusedError
 from srd.state import Situation, Store
@@ -32,6 +33,14 @@ async def _nothing() -> None:
     return
 
 
+async def _stock() -> Stock:
+    return Stock("redis-1")
+
+
+async def _nowhere(_end: str) -> None:
+    return
+
+
 def primacy(store: Store) -> Primacy:
     node = CONFIG.node("redis-1")
     return Primacy(
@@ -43,6 +52,8 @@ def primacy(store: Store) -> Primacy:
         ask_peer=_nobody,
         wake=lambda: None,
         keep_data=_nothing,
+        stock=_stock,
+        after=_nowhere,
     )
 
 

@@ -11,7 +11,7 @@ from srd.cluster import Config
 from srd.config import parse_config
 from srd.desired import Start
 from srd.ha.lease import endpoint_of
-from srd.ha.restart import Death, has_joined, patience_seconds, start
+from srd.ha.restart import Census, Death, has_joined, patience_seconds, start
 from srd.model import Endpoint, Role
 from srd.state import Channel, PeerReport, Redis, SentinelAnswer, Situation, View
 
@@ -32,6 +32,9 @@ TWO_AND_ARBITER = cluster(redis=2, arbiters=1)
 N1, N2, N3 = (endpoint_of(THREE, node) for node in THREE.nodes)
 
 
+COMPARED = Census()  # and nobody has more
+
+
 def says(
     primary: Endpoint | None, epoch: int = 0, *, tilt: bool = False, met: int = 2, flags: str = ""
 ) -> SentinelAnswer:
@@ -49,6 +52,7 @@ def decide(
     death: Death | None = None,
     config: Config = THREE,
     lost: tuple[str, ...] = (),
+    census: Census | None = COMPARED,
 ) -> Start:
     """`peers`: who is connected and whether it has joined; `lost` of them were connected once."""
     reports = peers or {}
@@ -61,7 +65,7 @@ def decide(
         sentinels={name: dataclasses.replace(answer, node=name) for name, answer in answers.items()},
         initialized=joined,
     )
-    return start(Situation(config, config.node(node), view, NOW), death, holds_data=data)
+    return start(Situation(config, config.node(node), view, NOW), death, holds_data=data, census=census)
 
 
 def holds(decision: Start) -> bool:
@@ -123,6 +127,31 @@ def test_an_empty_directory_is_refused_while_somebody_may_have_the_data() -> Non
     assert decide("n1", answers, {}, data=False).hold == refused
     assert decide("n1", answers, {"n2": False}, data=False).hold == refused
     assert decide("n1", answers, {"n2": False, "n3": False}, data=False) == Start()
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize(
+    ("census", "hold"),
+    [
+        (None, "what the other nodes have, to be compared with what this one has"),
+        (Census(awaited=("n2", "n3")), "n2 and n3, which may have more data than this node"),
+        (Census(ahead="n3"), "the sentinels to name n3, which has more data than this node"),
+        (Census(empty=True), None),
+    ],
+)
+def test_a_primary_is_compared_with_the_others_before_it_starts(
+    data: bool,  # noqa: FBT001 - a table's column
+    census: Census | None,
+    hold: str | None,
+) -> None:
+    answers = {"n1": says(N1), "n2": says(N1)}
+    assert decide("n1", answers, {"n2": True, "n3": True}, data=data, census=census).hold == hold
+    assert decide("n2", answers, {"n1": True, "n3": True}, data=data, census=census) == Start(primary=N1)
+
+
+def test_in_a_first_boot_there_is_nothing_to_compare() -> None:
+    newcomers = {"n2": False, "n3": False}
+    assert decide("n1", {}, newcomers, joined=False, data=False, census=None) == Start()
 
 
 def test_a_lost_peers_last_word_that_it_has_data_still_counts() -> None:

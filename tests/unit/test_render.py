@@ -77,6 +77,11 @@ def test_no_source_address_is_fixed_where_nodes_lead_with_different_families() -
     assert "bind-source-addr" not in text
 
 
+def test_a_redis_that_starts_as_a_replica_is_not_to_be_promoted_yet() -> None:
+    assert "replica-priority 0" in redis_lines(config_of(), OTHER)
+    assert "replica-priority 100" in redis_lines(config_of())
+
+
 def test_a_replica_follows_and_a_primary_does_not() -> None:
     config = config_of()
     assert "replicaof 10.0.0.2 6379" in redis_lines(config, OTHER)

@@ -1,0 +1,141 @@
+"""How far this node's data has come: noted on disk while redis knows it, and said to other nodes when it may matter.
+
+A note costs two looks at files and an fsync: at once when the epoch or the stream is another one, every 10 s while
+something is written, never while nothing is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, TypeVar
+
+import msgspec
+import structlog
+
+from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY
+from srd.ha.lease import endpoint_of
+from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, seen
+from srd.model import Paths, RefusedError, Role, Service, SrdError
+from srd.state import Child, ChildState, Situation
+from srd.supervise import inventory
+from srd.supervise.files import remove_own, write_private
+from srd.supervise.inventory import Files
+from srd.supervise.programs import owner_of
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+FILE_NAME: Final = "progress.json"
+# A redis that has ended so often in so short a time cannot be counted on.
+FAILING_ENDS: Final = 3
+FAILING_SECONDS: Final = 60.0
+
+
+class Ledger:
+    """Keeps the note, and answers what this node has."""
+
+    def __init__(self, paths: Paths, situation: Callable[[], Situation]) -> None:
+        self._path = paths.state_dir / FILE_NAME
+        self._directory = paths.service_dir(Service.REDIS)
+        self._situation = situation
+        self._noted = self._load()
+        self._noted_at = float("-inf")
+        self._has_loaded = False  # redis, since this srd runs
+
+    def _load(self) -> Progress | None:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=Progress)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            log.warning("how far the data has come is not known", file=str(self._path), reason=str(error))
+            return None
+
+    async def note(self) -> None:
+        """One pass: write down how far redis has come, if that is news. `SrdError` when the disk does not take it."""
+        s, known = self._situation(), self._noted
+        self._has_loaded |= s.view.redis is not None and not s.view.redis.loading
+        now = seen(s, known)
+        if now is None or (known is not None and (now.replid, now.offset) == (known.replid, known.offset)):
+            return
+        if now.continues(known) and s.now - self._noted_at < NOTE_SECONDS:
+            return
+        files = await asyncio.to_thread(self._look)
+        now = replace(now, log=files.log, size=files.size)
+        await asyncio.to_thread(write_private, self._path, msgspec.json.encode(now))
+        self._noted, self._noted_at = now, s.now
+
+    def holds_data(self) -> bool:
+        """Whether redis, which does not run, would load anything from its data directory; blocks.
+
+        If not, the note is of what is lost. `SrdError` when nobody can tell.
+        """
+        holds = self._look().data
+        if not holds and self._noted is not None:
+            remove_own(self._path)
+            self._noted = None
+        return holds
+
+    async def stock(self) -> Stock:
+        """Return what this node has: in redis' memory while that knows it, otherwise on its disk."""
+        files = await asyncio.to_thread(self._look)
+        s = self._situation()
+        redis, child = s.view.redis, s.view.children.get(Service.REDIS)
+        ready = redis is not None and not redis.loading and child is not None and child.state is ChildState.READY
+        now = seen(s, self._noted)
+        joined = s.view.initialized or self._noted is not None  # a newcomer's redis has made files, too
+        come = now if now is not None else self._on_disk(s, files)
+        chosen = ready and redis is not None and redis.role is Role.REPLICA
+        chosen = chosen and redis is not None and redis.priority not in (NEVER_PRIORITY, PREFERRED_PRIORITY)
+        return Stock(
+            node=s.node.name,
+            data=joined and (files.data or now is not None),
+            able=_is_able(s) and not self._fails(s, child),
+            ready=ready,
+            chosen=chosen,
+            epoch=come.epoch,
+            replid=come.replid,
+            offset=come.offset,
+            end=files.end.hex(),
+        )
+
+    async def after(self, end: str) -> int | None:
+        """Return how much this node's append-only file has after such an end, None if that is not in it."""
+        try:
+            wanted = bytes.fromhex(end)[-inventory.END_BYTES :]
+        except ValueError:
+            raise RefusedError("compare", "an end", "it is not hexadecimal") from None
+        return await asyncio.to_thread(self._as_redis, lambda: inventory.bytes_after(self._directory, wanted))
+
+    def _fails(self, s: Situation, child: Child | None) -> bool:
+        """Whether redis cannot be counted on: it has ended without having loaded its data, or ends again and again."""
+        ends = [moment for moment in child.lately if s.now - moment < FAILING_SECONDS] if child is not None else []
+        return len(ends) >= (FAILING_ENDS if self._has_loaded else 1)
+
+    def _on_disk(self, s: Situation, files: Files) -> Progress:
+        noted = self._noted if self._noted is not None else Progress()
+        if s.config.appends:
+            return noted.on_disk(files.log, files.size)
+        epoch = noted.epoch if files.replid == noted.replid else UNKNOWN_EPOCH
+        return Progress(epoch, files.replid, files.offset)
+
+    def _look(self) -> Files:
+        appends = self._situation().config.appends
+        return self._as_redis(lambda: inventory.look(self._directory, appends=appends))
+
+    def _as_redis(self, act: Callable[[], T]) -> T:
+        config = self._situation().config
+        try:
+            return owner_of(config, Service.REDIS).do(act)
+        except OSError as error:
+            directory, user = str(self._directory), config.redis.user
+            raise SrdError("look into", directory, str(error.strerror), f"chown -R {user}: {directory}") from error
+
+
+def _is_able(s: Situation) -> bool:
+    """Whether nobody wants this node not to be primary; whom the sentinels name may have been chosen by hand."""
+    never = s.config.node(s.node.name).priority == NEVER_PRIORITY
+    return not s.view.drained and (not never or s.view.named == endpoint_of(s.config, s.node))

@@ -1,0 +1,193 @@
+"""The cluster loses its power, disks lose what they lose, nodes come back in any order: no key on a disk is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.whole import Whole, whole
+
+from srd.model import Service
+
+
+@pytest.fixture
+def cluster() -> Iterator[Whole]:
+    """Three nodes that are well, n1 the primary, with 200 keys that every disk has."""
+    with whole() as made:
+        begin(made)
+        yield made
+
+
+def begin(cluster: Whole) -> None:
+    """Have the cluster come up, and every node know that it is part of it."""
+    cluster.power_on(*cluster.names)
+    cluster.wait_whole()
+    assert cluster.wait_primary() == "n1"
+    write(cluster, "n1", 200)
+    states = [cluster.paths(name).state_dir for name in cluster.redises]
+    cluster.wait(lambda: all((state / "initialized").exists() for state in states), "it is noted that they have joined")
+    cluster.wait(lambda: all((state / "progress.json").exists() for state in states), "it is noted what they have")
+
+
+def write(cluster: Whole, primary: str, count: int) -> None:
+    """Write keys that all nodes have, in memory and in their files."""
+    first = cluster.ask(primary, "DBSIZE")
+    with cluster.redis(primary) as client:
+        for number in range(first, first + count):
+            client.set(f"key:{number}", "value " * (number % 7))
+        assert client.execute_command("WAIT", len(cluster.redises) - 1, 5000) == len(cluster.redises) - 1
+    cluster.wait(lambda: all(len(cluster.keys(name)) == first + count for name in cluster.redises), "all have them")
+
+
+def log_of(cluster: Whole, name: str) -> Path:
+    return max((cluster.data(name) / "appendonlydir").glob("*.incr.aof"))
+
+
+def cut_short(cluster: Whole, name: str, lost: int) -> None:
+    """Take the last bytes from a node's append-only file, as a power cut does."""
+    log = log_of(cluster, name)
+    os.truncate(log, max(0, log.stat().st_size - lost))
+
+
+def leads_with_all(cluster: Whole, name: str, count: int) -> None:
+    """Wait until that node leads a whole cluster with all the keys."""
+    assert cluster.wait_primary() == name, cluster.logs()
+    if cluster.running.keys() == set(cluster.names):
+        cluster.wait_whole()
+    assert len(cluster.keys(name)) == count
+    cluster.wait(lambda: cluster.in_step(*(set(cluster.running) & set(cluster.redises))), "the others have it")
+
+
+ORDERS = (("n1", "n2", "n3"), ("n3", "n2", "n1"), ("n2", "n3", "n1"))
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+@pytest.mark.parametrize("most", ["n1", "n2", "n3"])
+def test_who_has_most_leads_in_whatever_order_the_nodes_come_up(
+    cluster: Whole, order: tuple[str, ...], most: str
+) -> None:
+    cluster.power_off(*cluster.names)
+    for number, name in enumerate(cluster.names):
+        if name != most:
+            cut_short(cluster, name, 37 + 400 * number)
+    for name in order:
+        cluster.power_on(name)
+        time.sleep(2)
+    leads_with_all(cluster, most, 200)
+
+
+def test_whose_disk_is_complete_leads_where_the_primarys_lost_all_that_it_had_appended(cluster: Whole) -> None:
+    cluster.power_off(*cluster.names)
+    os.truncate(log_of(cluster, "n1"), 0)
+    cut_short(cluster, "n2", 10)
+    cluster.power_on(*cluster.names)
+    leads_with_all(cluster, "n3", 200)
+
+
+@pytest.mark.parametrize("lost", ["data", "manifest", "all"])
+def test_a_primary_that_comes_back_empty_is_replaced_by_who_has_the_data(cluster: Whole, lost: str) -> None:
+    cluster.power_off(*cluster.names)
+    if lost == "manifest":
+        (cluster.data("n1") / "appendonlydir" / "appendonly.aof.manifest").unlink()
+    else:
+        shutil.rmtree(cluster.data("n1") if lost == "data" else cluster.paths("n1").state_dir)
+    cut_short(cluster, "n3", 100)
+    cluster.power_on(*cluster.names)
+    leads_with_all(cluster, "n2", 200)
+
+
+def test_a_primary_put_back_from_a_backup_does_not_lead(cluster: Whole) -> None:
+    backup = cluster.root / "backup"
+    cluster.power_off(*cluster.names)
+    shutil.copytree(cluster.data("n1"), backup)
+    for path in (backup, *backup.rglob("*")):
+        shutil.chown(path, "redis", "redis")
+    cluster.power_on(*cluster.names)
+    assert cluster.wait_primary() == "n1"
+    cluster.wait_whole()
+    write(cluster, "n1", 50)
+    for name in cluster.names:  # then no file has the end of another's
+        cluster.ask(name, "BGREWRITEAOF")
+        cluster.wait(lambda name=name: not cluster.ask(name, "INFO", "persistence")["aof_rewrite_in_progress"], "done")  # type: ignore[misc]
+    write(cluster, "n1", 50)
+    time.sleep(12)  # longer than a note may be old
+    cluster.power_off(*cluster.names)
+    shutil.rmtree(cluster.data("n1"))
+    backup.rename(cluster.data("n1"))
+    cluster.power_on(*cluster.names)
+    assert cluster.wait_primary() in ("n2", "n3")
+    assert len(cluster.keys(cluster.wait_primary())) == 300
+
+
+def test_without_the_primarys_node_the_one_with_most_of_the_others_is_elected(cluster: Whole) -> None:
+    cluster.power_off(*cluster.names)
+    cut_short(cluster, "n2", 500)
+    cluster.power_on("n2", "n3")
+    leads_with_all(cluster, "n3", 200)
+    cluster.power_on("n1")
+    cluster.wait_whole()
+    assert cluster.wait_primary() == "n3"
+
+
+def test_a_primary_that_lost_its_power_for_a_moment_does_not_replace_what_the_others_have(cluster: Whole) -> None:
+    cluster.power_off("n1")
+    cut_short(cluster, "n1", 1000)
+    cluster.power_on("n1")
+    leader = cluster.wait_primary("n2", "n3")
+    cluster.wait_whole()
+    assert len(cluster.keys(leader)) == 200
+    assert len(cluster.keys("n1")) == 200
+
+
+def test_a_primary_whose_redis_cannot_load_its_files_is_replaced(cluster: Whole) -> None:
+    cluster.power_off(*cluster.names)
+    log = log_of(cluster, "n1")
+    log.write_bytes(b"\0" * log.stat().st_size)
+    cut_short(cluster, "n2", 100)
+    cluster.power_on(*cluster.names)
+    assert cluster.wait_primary("n3") == "n3"
+    assert len(cluster.keys("n3")) == 200
+
+
+@pytest.fixture
+def forgetful() -> Iterator[Whole]:
+    """Three nodes whose redises save nothing, n1 the primary, with 200 keys in memory."""
+    with whole(extra='settings = { appendonly = "no", save = "" }') as made:
+        begin(made)
+        yield made
+
+
+def test_a_primary_that_dies_without_persistence_empties_nobody(forgetful: Whole) -> None:
+    """The second one has an old snapshot on its disk, from when it was a replica that was sent everything."""
+    for _ in range(2):
+        former = forgetful.wait_primary()
+        forgetful.kill(former, Service.REDIS)
+        forgetful.wait(lambda former=former: set(forgetful.primaries()) - {former}, "another one")  # type: ignore[misc]
+        forgetful.wait_whole()
+        leader = forgetful.wait_primary()
+        assert len(forgetful.keys(leader)) == 200
+        forgetful.wait(forgetful.in_step, "the others have it")
+
+
+def test_a_primarys_node_that_is_back_at_once_without_persistence_empties_nobody(forgetful: Whole) -> None:
+    forgetful.power_off("n1")
+    forgetful.power_on("n1")
+    leader = forgetful.wait_primary("n2", "n3")
+    forgetful.wait_whole()
+    assert len(forgetful.keys(leader)) == 200
+    forgetful.wait(forgetful.in_step, "the others have it")
+
+
+def test_that_a_cluster_without_persistence_forgets_everything_is_said_before_and_after(forgetful: Whole) -> None:
+    said = {condition["code"]: condition["text"] for condition in forgetful.state("n2")["conditions"]}
+    assert "no_persistence" in said
+    forgetful.power_off(*forgetful.names)
+    forgetful.power_on(*forgetful.names)
+    leader = forgetful.wait_primary()
+    forgetful.wait_whole()
+    assert forgetful.keys(leader) == set()
+    assert "no_persistence" in forgetful.codes(leader)
