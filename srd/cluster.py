@@ -232,11 +232,25 @@ class Config:
 
     @property
     def min_replicas_to_write(self) -> int:
-        """How many replicas must be in touch for the primary to take a write: floor(N/2) of N redis nodes.
+        """How many replicas must be in touch for the primary to take a write.
 
-        With 1 in a cluster of 5, a primary and one replica in a minority would go on taking writes.
+        Floor(N/2) of N redis nodes: with 1 in a cluster of 5, a primary and one replica in a minority would go on
+        taking writes. And so many that the other side of a cut cannot elect anyone: with k replicas beside the primary,
+        V - 1 - k of V voters are there at most, which must be no majority, or no redis among them. Without arbiters the
+        former is always enough.
         """
-        return len(self.redis_nodes) // 2
+        return max(len(self.redis_nodes) // 2, min((len(self.voters) - 1) // 2, len(self.redis_nodes) - 1))
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What speaks against this number of nodes, in sentences; nothing from three voters on, two of them redis."""
+        redis, voters = len(self.redis_nodes), len(self.voters)
+        if redis == 1:
+            return ("with one redis node nothing takes over when it is lost: three are what srd is for",)
+        if voters == 2:  # noqa: PLR2004 - and both redis
+            lost = "with two nodes no majority is left when either is lost: nobody takes over, nobody takes writes"
+            return (f'{lost}; add a third node, which may be an arbiter (kind = "sentinel")',)
+        return ()
 
     @property
     def appends(self) -> bool:

@@ -144,6 +144,7 @@ class _Checker:
             bypass=bypass,
             revoked=self._revoked(),
         )
+        self._arbiters(config)
         self._sentinel(config)
         self._redis()
         return config
@@ -237,6 +238,18 @@ class _Checker:
                 # One of the two may be a default that the file does not show.
                 here, there = (key, other) if self.refuse.stands(key) else (other, key)
                 raise self.refuse.at(here, f"port {port} is {there} too")
+
+    def _arbiters(self, config: Config) -> None:
+        """Refuse arbiters by which the fence would need every replica for every write, or would not hold."""
+        replicas = len(config.redis_nodes) - 1
+        arbiters = len(config.voters) - len(config.redis_nodes)
+        if arbiters > 1 and arbiters >= replicas:
+            raise self.refuse.at(
+                "node",
+                f"{arbiters} arbiters (kind = sentinel) beside {replicas + 1} redis nodes: so that a primary that is "
+                f"cut off takes no writes, it would have to demand every replica for every write",
+                "have one arbiter beside two redis nodes, or fewer arbiters than replicas; three redis nodes need none",
+            )
 
     def _sentinel(self, config: Config) -> None:
         sentinel = config.sentinel

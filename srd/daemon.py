@@ -29,7 +29,7 @@ from srd.actions import DutyActions, seconds_of
 from srd.cluster import Config
 from srd.control import documents
 from srd.control.server import ControlServer
-from srd.desired import differences, needs_restart
+from srd.desired import differences
 from srd.duties import Duties
 from srd.ipsec import xfrm
 from srd.ipsec.encap import try_sockets
@@ -39,8 +39,8 @@ from srd.ipsec.policies import KEYING_MARK
 from srd.ipsec.serials import FILE_NAME, SerialsFile
 from srd.listening import Listeners, kept_endpoints
 from srd.members import own_report
-from srd.model import Body, ConfigError, Credentials, Identity, IpsecMode, Paths, RefusedError
-from srd.preflight import Cleared, clear
+from srd.model import Body, Credentials, Identity, IpsecMode, Paths, RefusedError
+from srd.preflight import Cleared, check_change, clear
 from srd.protection import PASS_SECONDS, Protection
 from srd.reconcile import Loop, boottime, contained, until_first
 from srd.roster import Roster
@@ -284,12 +284,7 @@ class Daemon:
         """Take a changed bundle in: all of it, or none and `SrdError` says why."""
         async with self._changing:
             bundle = await asyncio.to_thread(load_bundle, self._paths, dt.datetime.now(dt.UTC))
-            stuck = needs_restart(self._bundle.config, bundle.config, self._node)
-            if bundle.secrets != self._bundle.secrets:
-                stuck = (*stuck, "secrets.toml")
-            if stuck:
-                what = f"{', '.join(stuck)} cannot change while srd runs"
-                raise ConfigError("take in", str(self._paths.cluster_file), what, "stop srd and start it")
+            check_change(self._bundle, bundle, self._node, self._paths)
             old, new = self._config, self._roster.extend(bundle.config, time.time())
             await asyncio.to_thread(try_sockets, new, self._node)  # what may be refused, before anything is changed
             distrusted = await self._forget(await self._adopt(keying, new, bundle.credentials))
@@ -353,6 +348,8 @@ class Daemon:
         if self._duties is not None:
             await self._duties.ready()
         self._notifier.send("READY=1")
+        for advice in self._config.advice:
+            log.warning("few nodes", advice=advice)
         log.info("ready", node=self._node.name, cluster=self._config.cluster, version=VERSION)
         if not self._known.is_set():
             with contextlib.suppress(TimeoutError):

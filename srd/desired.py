@@ -196,6 +196,16 @@ def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
     return tuple(changed) if mine == node else (*changed, f"node {node.name}")
 
 
+def voters_changed(old: Config, new: Config) -> tuple[str, ...]:
+    """Return the voters that only one of the two files has, by name.
+
+    Two majorities, by an old and by a new file, share a voter only if no more than one has come or gone: {1, 2} is a
+    majority of 1, 2 and 3, and {3, 4, 5} is one of 1 to 5; and of 1, 2 and 4, {2, 4} is one, and {1, 3} was before.
+    """
+    before, after = ({voter.name for voter in config.voters} for config in (old, new))
+    return tuple(sorted(before ^ after))
+
+
 def differences(old: Config, new: Config) -> dict[str, list[str] | bool]:
     """Return what a reload changes, for people: names of nodes, serials in hex, and whether any other setting does."""
     before, after = ({node.name for node in config.nodes} for config in (old, new))

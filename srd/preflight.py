@@ -14,6 +14,7 @@ from typing import Final
 
 from srd.cluster import KEYING_PORT, Config, Node
 from srd.control.client import is_answered
+from srd.desired import needs_restart, voters_changed
 from srd.ipsec import xfrm
 from srd.ipsec.encap import try_sockets
 from srd.ipsec.suites import grades, read_proc_crypto
@@ -82,6 +83,20 @@ async def problems(paths: Paths) -> list[SrdError]:
     except SrdError as error:
         found.append(error)
     return found
+
+
+def check_change(old: Bundle, new: Bundle, node: Node, paths: Paths) -> None:
+    """Raise `ConfigError` if a running srd cannot take the changed bundle in, or must not."""
+    stuck = needs_restart(old.config, new.config, node)
+    if new.secrets != old.secrets:
+        stuck = (*stuck, "secrets.toml")
+    refused = partial(ConfigError, "take in", str(paths.cluster_file))
+    if stuck:
+        raise refused(f"{', '.join(stuck)} cannot change while srd runs", "stop srd and start it")
+    voters = voters_changed(old.config, new.config)
+    if node.votes and len(voters) > 1:
+        reason = f"{' and '.join(voters)} come or go at once: an old and a new majority need not share a node then"
+        raise refused(reason, "change one node at a time, and reload it on every node before the next")
 
 
 def _missing_addresses(node: Node) -> list[SrdError]:

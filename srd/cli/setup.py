@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from srd.cluster import Config
-from srd.config import node_entry, quoted, read_text
+from srd.config import load_config, node_entry, quoted, read_text
 from srd.model import EXIT_CONFIG, NodeKind, Paths
 
 
@@ -37,6 +37,12 @@ def init_command(cluster: str | None, nodes: tuple[str, ...], file: Path | None,
     for node in config.nodes:
         click.echo(f"{output}/{node.name}/ is the bundle of {node.name} ({node.address}): copy it there as /etc/srd")
     click.echo(f"{output}/client/ is for clients: the authority's certificate, and the application's password")
+    _advise(config)
+
+
+def _advise(config: Config) -> None:
+    for advice in config.advice:
+        click.echo(f"srd: {advice}", err=True)
 
 
 def _cluster_toml(cluster: str, nodes: tuple[str, ...]) -> str:
@@ -135,4 +141,5 @@ def check_command(paths: Paths) -> None:
     if found:
         statuses = {problem.exit_status for problem in found}
         raise SystemExit(statuses.pop() if len(statuses) == 1 else EXIT_CONFIG)
+    _advise(load_config(paths.cluster_file))
     click.echo("this node can run")

@@ -1,6 +1,6 @@
 """The fence: a primary that may have been replaced takes no writes, and soon takes them as its successor's replica.
 
-Two of them. redis' own needs no srd: `min-replicas-to-write` of floor(N/2) and `min-replicas-max-lag` of 2 s end the
+Two of them. redis' own needs no srd: `min-replicas-to-write` (cluster.py) and `min-replicas-max-lag` of 2 s end the
 writes 2.1 to 2.9 s after a cut (measured; at most 4 s by replication.c: the lag is counted in whole seconds, once a
 second). srd's comes sooner: no majority for `FENCE_SECONDS`, and redis is told to refuse every write (ha/redis.py,
 `FENCED`) and its clients' connections are ended. It falls closed, and stays when srd dies.

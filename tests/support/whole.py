@@ -1,6 +1,7 @@
-"""A cluster as its users have it, on loopback and without IPsec: `srd run` for each node, and the power of each.
+"""A cluster as its users have it, without IPsec: `srd run` for each node, and the power of each.
 
-What ends here is what was started here: each srd by its own process, its children by what it has recorded of them.
+It has the loopback of a network namespace of its own. What ends here is what was started here: each srd by its own
+process, its children by what it has recorded of them.
 """
 
 from __future__ import annotations
@@ -29,32 +30,30 @@ from srd.model import Paths, Service, SrdError
 from srd.supervise.adopt import REGISTER_NAME, Record, Register, Verdict, look_up
 from srd.trust.bundle import Bundle
 from support.clusters import make_bundles, paths_of
-from support.nodes import free_ports
+from support.namespace import inside, ip, run
 
 PATIENCE_SECONDS = 60.0
 LOOK_SECONDS = 0.1
 
 
 def whole_toml(kinds: tuple[str, ...], extra: str = "") -> str:
-    """Return a cluster of nodes n1.. on 127.0.1.1.. with free ports; `extra` are lines of [redis]."""
-    redis, sentinel, tls, http, agent = free_ports(5)
+    """Return a cluster of nodes n1.. on 127.0.1.1..; `extra` are lines of [redis]."""
     nodes = "".join(
         f'[[node]]\nname = "n{number}"\naddresses = ["127.0.1.{number}"]\nkind = "{kind}"\n'
         for number, kind in enumerate(kinds, 1)
     )
     return (
         f'cluster = "whole"\nlisten_localhost = false\n{nodes}[ipsec]\nmode = "off"\n'
-        f'[redis]\nport = {redis}\nuser = "redis"\n{extra}\n'
-        f'[sentinel]\nport = {sentinel}\nuser = "redis"\ndown_after = 4\n'
-        f'[tls]\nport = {tls}\nuser = "stunnel4"\n[http]\nport = {http}\n[haproxy_agent]\nport = {agent}\n'
+        f'[redis]\nuser = "redis"\n{extra}\n[sentinel]\nuser = "redis"\ndown_after = 4\n[tls]\nuser = "stunnel4"\n'
     )
 
 
 class Whole:
     """The nodes of a cluster, by name, and what a person can do to them."""
 
-    def __init__(self, root: Path, text: str) -> None:
+    def __init__(self, root: Path, text: str, namespace: str) -> None:
         self.root = root
+        self._namespace = namespace
         self.config = parse_config(text, "test")
         self.bundles: dict[str, Bundle] = make_bundles(root, text)
         self.names = [node.name for node in self.config.nodes]
@@ -77,7 +76,10 @@ class Whole:
             }
             with (self.root / f"{name}.log").open("ab") as log:
                 self.running[name] = subprocess.Popen(
-                    [sys.executable, "-m", "srd", "run"], env=environment, stdout=log, stderr=log
+                    ["ip", "netns", "exec", self._namespace, sys.executable, "-m", "srd", "run"],
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
                 )
 
     def power_off(self, *names: str) -> None:
@@ -95,6 +97,10 @@ class Whole:
         """End one child; its srd sees that."""
         _end(Register(self.paths(name).run_dir / REGISTER_NAME).load()[service])
 
+    def children(self, name: str) -> list[int]:
+        """Return the processes of a node's programs."""
+        return [record.pid for record in Register(self.paths(name).run_dir / REGISTER_NAME).load().values()]
+
     def _end_children(self, name: str) -> None:
         with suppress(SrdError):
             for record in Register(self.paths(name).run_dir / REGISTER_NAME).load().values():
@@ -105,7 +111,7 @@ class Whole:
     def get(self, name: str, path: str) -> tuple[int, Any]:
         url = f"http://{self.config.node(name).address}:{self.config.http.port}{path}"
         try:
-            with urllib.request.urlopen(url, timeout=2) as answer:
+            with inside(self._namespace), urllib.request.urlopen(url, timeout=2) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"null")
@@ -140,10 +146,12 @@ class Whole:
         for name in names or self.names:
             self.wait(lambda name=name: not self.codes(name) - {"ipsec_off", "no_persistence"}, f"{name} is well")  # type: ignore[misc]
 
-    def redis(self, name: str) -> RawRedis:
+    @contextmanager
+    def redis(self, name: str) -> Iterator[RawRedis]:
+        """Be in touch with a node's redis, in this thread, as the user srd."""
         secrets = self.bundles[name].secrets
         assert secrets is not None
-        return RawRedis(
+        client = RawRedis(
             host=str(self.config.node(name).address),
             port=self.config.redis.port,
             password=secrets.srd_password.reveal(),
@@ -151,6 +159,8 @@ class Whole:
             socket_timeout=5,
             decode_responses=True,
         )
+        with inside(self._namespace), client:
+            yield client
 
     def ask(self, name: str, *command: object) -> Any:
         with self.redis(name) as client:
@@ -194,9 +204,15 @@ def whole(*kinds: str, extra: str = "") -> Iterator[Whole]:
     """Make a cluster whose nodes are off; whatever runs at the end is ended."""
     root = Path(tempfile.mkdtemp(prefix="srd-test-"))
     root.chmod(0o711)  # the services' users pass through
-    made = Whole(root, whole_toml(kinds or ("redis",) * 3, extra))
+    namespace = root.name
+    run("ip", "netns", "add", namespace)
     try:
-        yield made
+        ip(namespace, "link", "set", "lo", "up")
+        made = Whole(root, whole_toml(kinds or ("redis",) * 3, extra), namespace)
+        try:
+            yield made
+        finally:
+            made.power_off(*made.names)
     finally:
-        made.power_off(*made.names)
+        run("ip", "netns", "del", namespace)
         shutil.rmtree(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from pathlib import Path
 
@@ -46,6 +47,55 @@ def test_an_arbiter_votes_and_holds_no_data() -> None:
     config = parse(MINIMAL.replace('12"]', '12"]\nkind = "sentinel"'))
     assert len(config.voters) == 3
     assert [node.name for node in config.redis_nodes] == ["redis-1", "redis-2"]
+
+
+def of(redis: int, arbiters: int = 0) -> Config:
+    kinds = ["redis"] * redis + ["sentinel"] * arbiters
+    nodes = (
+        f'[[node]]\nname = "n{number}"\naddresses = ["192.0.2.{number}"]\nkind = "{kind}"\n'
+        for number, kind in enumerate(kinds, 1)
+    )
+    return parse('cluster = "orders"\n' + "".join(nodes))
+
+
+@pytest.mark.parametrize(
+    ("redis", "arbiters", "majority", "min_replicas"),
+    [
+        (1, 0, 1, 0), (2, 0, 2, 1), (3, 0, 2, 1), (4, 0, 3, 2), (5, 0, 3, 2), (7, 0, 4, 3),
+        (1, 1, 2, 0), (2, 1, 2, 1), (3, 1, 3, 1), (4, 1, 3, 2), (4, 2, 4, 2), (5, 2, 4, 3), (5, 3, 5, 3),
+    ],
+)  # fmt: skip
+def test_quorum_and_what_a_write_needs_follow_from_the_number_of_nodes(
+    redis: int, arbiters: int, majority: int, min_replicas: int
+) -> None:
+    config = of(redis, arbiters)
+    assert (config.majority, config.quorum, config.min_replicas_to_write) == (majority, majority, min_replicas)
+
+
+@pytest.mark.parametrize(("redis", "arbiters"), [(2, 2), (2, 3), (3, 2), (3, 4), (4, 3), (1, 2)])
+def test_arbiters_by_which_every_write_would_need_every_replica_are_refused(redis: int, arbiters: int) -> None:
+    with pytest.raises(ConfigError, match=f"{arbiters} arbiters .* beside {redis} redis nodes"):
+        of(redis, arbiters)
+
+
+@pytest.mark.parametrize(("redis", "arbiters"), [(r, a) for r in range(1, 10) for a in range(r) if a < 2 or a < r - 1])
+def test_a_primary_takes_no_write_beside_a_side_that_can_elect_another(redis: int, arbiters: int) -> None:
+    """By redis' own fence alone: every way to cut the nodes in two, and one replica may be lost from three on."""
+    config = of(redis, arbiters)
+    for replicas_here, arbiters_here in itertools.product(range(redis), range(arbiters + 1)):
+        others = redis - 1 - replicas_here
+        can_elect = others > 0 and others + arbiters - arbiters_here >= config.majority
+        assert not (can_elect and replicas_here >= config.min_replicas_to_write)
+    assert config.min_replicas_to_write <= max(redis - 2, min(redis - 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("redis", "arbiters", "advice"),
+    [(1, 0, "nothing takes over"), (1, 1, "nothing takes over"), (2, 0, "an arbiter"), (2, 1, None), (3, 0, None)],
+)
+def test_too_few_nodes_are_advised_against(redis: int, arbiters: int, advice: str | None) -> None:
+    said = " ".join(of(redis, arbiters).advice)
+    assert advice in said if advice is not None else said == ""
 
 
 @pytest.mark.parametrize(

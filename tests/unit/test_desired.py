@@ -8,7 +8,7 @@ import pytest
 from support.situations import WALL, arbiter_situation, primary_situation
 
 from srd.config import parse_config
-from srd.desired import Start, Wanted, differences, needs_restart, services
+from srd.desired import Start, Wanted, differences, needs_restart, services, voters_changed
 from srd.model import Pause, Service
 from srd.state import Child, ChildState, Kernel, Situation
 
@@ -126,6 +126,31 @@ def test_what_a_running_node_can_take_in(changes: dict[str, str], stuck: tuple[s
     whole = {"top": "", "address": "192.0.2.1", "more": ""}
     old, new = (parse_config(RELOADED.format(**values), "cluster.toml") for values in (whole, whole | changes))
     assert needs_restart(old, new, old.node("redis-1")) == stuck
+
+
+def entries(*names: str, kind: str = "redis") -> str:
+    return "".join(
+        f'[[node]]\nname = "{name}"\naddresses = ["192.0.2.{10 + number}"]\nkind = "{kind}"\n'
+        for number, name in enumerate(names)
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("", entries("redis-3"), ("redis-3",)),
+        ("", entries("app-1", "app-2", kind="client"), ()),
+        (entries("redis-3"), entries("redis-3", kind="sentinel"), ()),
+        ("", entries("redis-3", "redis-4"), ("redis-3", "redis-4")),
+        (entries("redis-3"), entries("redis-4"), ("redis-3", "redis-4")),
+        (entries("redis-3", "redis-4", "redis-5"), entries("redis-3"), ("redis-4", "redis-5")),
+    ],
+)
+def test_which_voters_come_or_go(old: str, new: str, changed: tuple[str, ...]) -> None:
+    before, after = (
+        parse_config(RELOADED.format(top="", address="192.0.2.1", more=text), "cluster.toml") for text in (old, new)
+    )
+    assert voters_changed(before, after) == voters_changed(after, before) == changed
 
 
 @pytest.mark.parametrize(
