@@ -161,12 +161,15 @@ class ColdStart:
         if missing and waited < COMPANY_SECONDS:
             return Census(awaited=missing)
         best = await self._most(s.config, s.node, known_primary(s) == endpoint_of(s.config, s.node), stocks)
+        alone = not missing and not any(stock.chosen for stock in stocks.values())
         if best is None:
             empty = not missing and not any(stock.data for stock in stocks.values())
-            if empty and self._said != Census(empty=True):
+            if empty and self._said != Census(empty=True, alone=alone):
                 log.warning("every node is empty: the cluster begins with an empty data set")
-            return Census(empty=empty)
-        return Census(ahead=best.node if best.node != s.node.name or self._is_deputy(s) else None)
+            return Census(empty=empty, alone=alone)
+        if best.node != s.node.name or self._is_deputy(s):
+            return Census(ahead=best.node)
+        return Census(alone=alone)
 
     def _is_deputy(self, s: Situation) -> bool:
         return known_primary(s) != endpoint_of(s.config, s.node)

@@ -14,7 +14,7 @@ The rules.
 3. It names me, and redis ended in this boot: wait, the sentinels are to replace it. A restart within `down_after` would
    hide the end from them, and with it whatever was lost. After `down_after + 2 * failover_timeout` + 10 s nobody else
    can be promoted (a sentinel that voted waits 2 * failover_timeout before it tries itself: 10.5 s measured with 5 s).
-   A failover that is under way is waited for, too.
+   A failover that is under way is waited for, too. If nobody else can be promoted to begin with, none is waited for.
 4. It names me: primary, if no other redis node has more (ha/coldstart.py compares them), and the data directory holds
    data. If it does not, only if nobody else can have any. Whoever has more is elected first.
 
@@ -78,12 +78,14 @@ class Death:
 class Census:
     """What came of comparing this node with the other redis nodes (ha/coldstart.py).
 
-    `ahead` has more, and is to be elected; `awaited` have not been heard yet; `empty`: all were, and none has anything.
+    `ahead` has more, and is to be elected; `awaited` have not been heard yet; `empty`: all were, and none has anything;
+    `alone`: all were, and no sentinel can elect one of them.
     """
 
     ahead: str | None = None
     awaited: tuple[str, ...] = ()
     empty: bool = False
+    alone: bool = False
 
 
 def patience_seconds(config: Config) -> float:
@@ -126,7 +128,7 @@ def start(situation: Situation, death: Death | None, *, holds_data: bool, census
         return Start(hold="the sentinels to agree: they name different primaries in one epoch")
     if named != endpoint_of(config, situation.node):
         return Start(primary=named)
-    awaited = _replacement(situation, death, heard)
+    awaited = _replacement(situation, None if census is not None and census.alone else death, heard)
     if awaited is not None:
         return Start(hold=awaited)
     if len(config.redis_nodes) == 1 or _nobody_has_data(situation, heard):

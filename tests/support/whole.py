@@ -97,6 +97,10 @@ class Whole:
         """End one child; its srd sees that."""
         _end(Register(self.paths(name).run_dir / REGISTER_NAME).load()[service])
 
+    def freeze(self, name: str, service: Service) -> None:
+        """Stop one child as SIGSTOP does."""
+        os.kill(Register(self.paths(name).run_dir / REGISTER_NAME).load()[service].pid, signal.SIGSTOP)
+
     def children(self, name: str) -> list[int]:
         """Return the processes of a node's programs."""
         return [record.pid for record in Register(self.paths(name).run_dir / REGISTER_NAME).load().values()]

@@ -109,6 +109,14 @@ def test_a_redis_that_died_waits_to_be_replaced_and_no_longer_than_that_takes(ro
     assert holds(decide("n1", answers, {"n2": True}, death=Death(NOW - patience, role), data=False))
 
 
+def test_a_redis_that_died_waits_for_nobody_if_nobody_can_be_elected() -> None:
+    answers, death = {"n1": says(N1), "n2": says(N1)}, Death(NOW - 1, Role.PRIMARY)
+    assert decide("n1", answers, death=death, census=Census(alone=True)) == Start()
+    assert holds(decide("n1", answers, death=death))
+    under_way = {"n1": says(N1), "n2": says(N1, flags="s_down o_down failover_in_progress")}
+    assert holds(decide("n1", under_way, death=death, census=Census(alone=True)))
+
+
 def test_a_failover_under_way_is_waited_for() -> None:
     answers = {"n1": says(N1), "n2": says(N1, flags="s_down o_down failover_in_progress")}
     assert decide("n1", answers).hold == "the end of the failover that is under way"

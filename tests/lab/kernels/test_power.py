@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.lab import PATIENCE_SECONDS
@@ -58,6 +59,34 @@ def test_a_machine_loses_its_power_and_boots_and_no_confirmed_write_is_lost(lab:
     print("", *figures, f"{written.figures}, missing {len(missing)}", sep="\n")  # noqa: T201 - figures for people
     assert missing == []
     assert written.acknowledged > 50 * CUTS
+
+
+@pytest.mark.timeout(600)
+def test_all_machines_lose_their_power_at_once_and_no_write_that_a_disk_has_is_lost(lab: Machines) -> None:
+    """What a replica had on its disk is in the copy that is kept before it follows: all of that, the primary has."""
+    lab.wait_whole()
+    with writing() as (client, written), ThreadPoolExecutor() as at_once:
+        lab.wait(lambda: client.ask("count") > 100, "writes are confirmed")
+        list(at_once.map(lambda node: lab.power("cut", node), lab.nodes))
+        list(at_once.map(lambda node: lab.power("on", node), lab.nodes))
+        up = time.monotonic()
+        lab.wait_whole()
+        whole = time.monotonic() - up
+        missing = client.ask("missing")
+    leader = lab.primary()
+    has = set(lab.on(leader, "redis-cli", "--scan", "--pattern", "confirmed:*").stdout.split())
+    kept = {node: kept_keys(lab, node) for node in lab.nodes}
+    told = [line for node in lab.nodes for line in lab.journal(node, "--boot") if line["event"] == "compared"]
+    print(f"\n{leader} leads, whole after {whole:.1f} s, {written.figures}, missing {len(missing)}", *told, sep="\n")  # noqa: T201 - figures for people
+    assert {node: keys - has for node, keys in kept.items() if keys - has} == {}
+    assert any(kept.values())
+
+
+def kept_keys(lab: Machines, node: str) -> set[str]:
+    """Return the keys of the writing client that stand in the copies of a node's append-only files."""
+    logs = "/var/lib/srd/redis/kept/*/appendonlydir/*.incr.aof"
+    said = lab.on(node, "sh", "-c", f"cat {logs} | grep -a -o 'confirmed:[0-9]*:[0-9]*' | sort -u", check=False).stdout
+    return set(said.split())
 
 
 def test_a_machine_that_is_off_comes_up_closed_and_stays_closed_without_srd(lab: Machines) -> None:
