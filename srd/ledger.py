@@ -64,7 +64,7 @@ class Ledger:
         if now.continues(known) and s.now - self._noted_at < NOTE_SECONDS:
             return
         files = await asyncio.to_thread(self._look)
-        now = replace(now, log=files.log, size=files.size)
+        now = replace(now, log=files.log, inode=files.inode, size=files.size)
         await asyncio.to_thread(write_private, self._path, msgspec.json.encode(now))
         self._noted, self._noted_at = now, s.now
 
@@ -118,7 +118,7 @@ class Ledger:
     def _on_disk(self, s: Situation, files: Files) -> Progress:
         noted = self._noted if self._noted is not None else Progress()
         if s.config.appends:
-            return noted.on_disk(files.log, files.size)
+            return noted.on_disk(files.log, files.inode, files.size)
         epoch = noted.epoch if files.replid == noted.replid else UNKNOWN_EPOCH
         return Progress(epoch, files.replid, files.offset)
 

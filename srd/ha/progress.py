@@ -31,26 +31,35 @@ NOTE_SECONDS: Final = 10.0
 class Progress:
     """What a redis has: up to which `offset` of the stream `replid`, of a primary of that `epoch`.
 
-    `log` and `size` are of its files at that time: the last one that it appended to, and the bytes of all.
+    `log`, `inode` and `size` are of its files at that time: the last one that it appended to, and the bytes of all.
     """
 
     epoch: int = UNKNOWN_EPOCH
     replid: str = ""
     offset: int = 0
     log: str = ""
+    inode: int = 0
     size: int = 0
 
     def continues(self, former: Progress | None) -> bool:
         """Whether it is of the same stream as the former note."""
         return former is not None and (self.epoch, self.replid) == (former.epoch, former.replid)
 
-    def on_disk(self, log: str, size: int) -> Progress:
+    def on_disk(self, log: str, inode: int, size: int) -> Progress:
         """Return how far it has come by the files that there are: longer or shorter than they were by what was written.
 
         A stream has more in it than what is appended, as pings, so this is a little less than what a later note says.
+        Files that are others say nothing of it, but for those that redis has gone on with: it counts them.
         """
-        grown = size - self.size if log == self.log else 0
-        return replace(self, offset=max(0, self.offset + grown))
+        if (log, inode) == (self.log, self.inode):
+            return replace(self, offset=max(0, self.offset + size - self.size))
+        return self if _count(log) > _count(self.log) else Progress()
+
+
+def _count(log: str) -> int:
+    """Return the number in `appendonly.aof.12.incr.aof`; 0 where there is none."""
+    words = [word for word in log.split(".") if word.isdigit()]
+    return int(words[0]) if words else 0
 
 
 def seen(s: Situation, former: Progress | None) -> Progress | None:

@@ -41,12 +41,14 @@ _LONG_LENGTHS: Final = {0x80: 4, 0x81: 8}
 class Files:
     """What lies in a data directory. `data`: redis would load something, be it an empty data set.
 
-    `log` is the append-only file that redis would go on with and `size` the bytes of all of them; `end` are the last
-    bytes of the log. `replid` and `offset` are of an RDB file that a primary or a replica in touch has written.
+    `log` is the append-only file that redis would go on with, `inode` tells it from another one of that name, and
+    `size` is the bytes of all of them; `end` are the last bytes of the log. `replid` and `offset` are of an RDB file
+    that a primary or a replica in touch has written.
     """
 
     data: bool = False
     log: str = ""
+    inode: int = 0
     size: int = 0
     end: bytes = b""
     replid: str = ""
@@ -91,18 +93,20 @@ def _look_at_log(directory: Path) -> Files:
     base, logs = _listed(directory)
     paths = [*base, *logs]
     try:
-        sizes = {path: path.stat().st_size for path in paths}
+        found = {path: path.stat() for path in paths}
     except FileNotFoundError:
         return Files()  # a listed one is missing: redis would not start
-    if not paths or any(path.suffix == ".rdb" and sizes[path] == 0 for path in base):
+    if not paths or any(path.suffix == ".rdb" and found[path].st_size == 0 for path in base):
         return Files()  # redis would take an empty base for an empty data set
     end = b""
     for chunk in _backwards(logs):
         end = chunk + end
         if len(end) >= END_BYTES:
             break
-    log = logs[-1].name if logs else ""
-    return Files(data=True, log=log, size=sum(sizes.values()), end=end[-END_BYTES:])
+    size = sum(status.st_size for status in found.values())
+    if not logs:
+        return Files(data=True, size=size)
+    return Files(data=True, log=logs[-1].name, inode=found[logs[-1]].st_ino, size=size, end=end[-END_BYTES:])
 
 
 def _listed(directory: Path) -> tuple[list[Path], list[Path]]:

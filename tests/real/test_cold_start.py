@@ -153,6 +153,18 @@ def test_a_primary_whose_redis_cannot_load_its_files_is_replaced(cluster: Whole)
     assert len(cluster.keys("n3")) == 200
 
 
+def test_a_replica_that_begins_anew_because_it_cannot_read_its_files_is_not_taken_for_one_with_data(
+    cluster: Whole,
+) -> None:
+    cluster.power_off(*cluster.names)
+    cut_short(cluster, "n1", 100)
+    log_of(cluster, "n2").write_bytes(bytes(log_of(cluster, "n2").stat().st_size * 2))
+    cluster.power_on("n2", "n1")
+    cluster.wait(lambda: "begins_anew" in (cluster.root / "n2.log").read_text() or cluster.primaries(), "n2 tries")
+    cluster.power_on("n3")
+    leads_with_all(cluster, "n3", 200)
+
+
 def test_a_primary_whose_replicas_died_before_it_is_back_sooner_than_an_election_takes(cluster: Whole) -> None:
     cluster.freeze("n1", Service.REDIS)
     for name in ("n2", "n3"):

@@ -47,11 +47,19 @@ def test_otherwise_it_is_known_only_of_a_stream_that_was_known_before(situation:
 
 
 @pytest.mark.parametrize(
-    ("log", "size", "offset"),
-    [("a", 100, 1000), ("a", 130, 1030), ("a", 60, 960), ("b", 60, 1000), ("a", 0, 900), ("", 0, 1000)],
+    ("count", "inode", "size", "offset"),
+    [(2, 7, 100, 1000), (2, 7, 130, 1030), (2, 7, 60, 960), (2, 7, 0, 900), (3, 8, 60, 1000)],
 )
-def test_what_the_files_have_grown_or_lost_since_a_note_counts(log: str, size: int, offset: int) -> None:
-    assert Progress(1, STREAM, 1000, "a", 100).on_disk(log, size).offset == offset
+def test_what_the_files_have_grown_or_lost_since_a_note_counts(count: int, inode: int, size: int, offset: int) -> None:
+    noted = Progress(1, STREAM, 1000, "appendonly.aof.2.incr.aof", 7, 100)
+    assert noted.on_disk(f"appendonly.aof.{count}.incr.aof", inode, size).offset == offset
+
+
+@pytest.mark.parametrize(
+    ("log", "inode"), [("appendonly.aof.1.incr.aof", 7), ("appendonly.aof.2.incr.aof", 8), ("", 0)]
+)
+def test_a_note_says_nothing_of_files_that_have_begun_anew(log: str, inode: int) -> None:
+    assert Progress(1, STREAM, 1000, "appendonly.aof.2.incr.aof", 7, 100).on_disk(log, inode, 100) == Progress()
 
 
 MINE = Stock("n1", data=True, able=True, epoch=3, replid=STREAM, offset=1000, end="00")

@@ -37,7 +37,8 @@ def test_nothing_is_there_where_no_redis_has_run(tmp_path: Path) -> None:
 
 
 def test_an_empty_data_set_is_one_that_redis_has_written(tmp_path: Path) -> None:
-    assert look(lay(tmp_path, b""), appends=True) == Files(data=True, log=LOGS[0], size=10)
+    inode = (lay(tmp_path, b"") / "appendonlydir" / LOGS[0]).stat().st_ino
+    assert look(tmp_path, appends=True) == Files(data=True, log=LOGS[0], inode=inode, size=10)
 
 
 @pytest.mark.parametrize("lost", ["manifest", "base", "the base's content", "log"])
