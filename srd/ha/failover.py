@@ -61,17 +61,24 @@ ALIGN_SECONDS: Final = 0.45
 ALIGNING_SECONDS: Final = 0.15
 # A srd says something each second: it is taken for alive at the cut if it was heard so shortly before.
 ALIVE_SECONDS: Final = 1.5
+# Sentinels ping once a second: so far apart may the first pings be that one cut has left without a reply.
+ONE_CUT_SECONDS: Final = 1.5
 
 
 def silent_since(config: Config, answers: Mapping[str, SentinelAnswer], primary: Endpoint, now: float) -> float | None:
     """Return since when the primary answers no sentinel of a majority, None while it may still answer one.
 
-    The moment is that of the first ping without a reply, the earliest of all: the cut was no later than that.
+    The moment is that of the first ping without a reply, the earliest of all: the cut was no later than that. But that
+    of a sentinel whose ping is older than one cut explains is not of this cut: it was cut off before, and has not
+    pinged again since.
     """
     heard = fresh(config, answers, now)
     waiting = [a.unanswered for a in heard.values() if a.primary == primary and not a.tilt and a.unanswered is not None]
-    settled = [since for since in waiting if now - since >= ALIVE_SECONDS]
-    return min(settled) if len(settled) >= config.majority else None
+    settled = sorted(since for since in waiting if now - since >= ALIVE_SECONDS)
+    if len(settled) < config.majority:
+        return None
+    lost = settled[config.majority - 1]  # from then on no majority was answered
+    return next(since for since in settled if since >= lost - ONE_CUT_SECONDS)
 
 
 def replaceable_at(s: Situation, primary: Node) -> float | None:

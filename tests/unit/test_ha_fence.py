@@ -137,8 +137,12 @@ def seen_from_n2(n2: float | None, n3: float | None, last_word_of_n1: float | No
         (REPLACE_SECONDS, 1.0, REPLACE_SECONDS, False),  # the other sentinel is not sure yet
         (REPLACE_SECONDS, 1.6, 20, False),  # its srd was gone before: redis' own fence is waited for
         (REPLACE_SECONDS, 1.6, None, False),
-        (OWN_FENCE_SECONDS, 1.6, 20, True),
-        (OWN_FENCE_SECONDS, 1.6, None, True),
+        (OWN_FENCE_SECONDS, OWN_FENCE_SECONDS - 1, 20, True),
+        (OWN_FENCE_SECONDS, OWN_FENCE_SECONDS - 1, None, True),
+        (OWN_FENCE_SECONDS, 1.6, None, False),  # not one cut: the other one was answered for long
+        (20, REPLACE_SECONDS, REPLACE_SECONDS + 0.5, True),  # one was cut off before, and has not pinged again since
+        (20, REPLACE_SECONDS - 0.01, REPLACE_SECONDS + 0.5, False),
+        (20, REPLACE_SECONDS, 0.1, False),
         (9, 9, 0.1, False),  # its srd is heard: it knows better what its redis does
     ],
 )
