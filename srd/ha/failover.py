@@ -115,7 +115,9 @@ class Failover:
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
         self._aligned: Node | None = None
-        self._tried: tuple[Endpoint, str | None, float] | None = None  # whom, by whom, and until when not again
+        # Whom, named in which configuration epoch (it may have become primary anew since), and by whom; until when.
+        self._tried: tuple[Endpoint, int, str | None] | None = None
+        self._tried_until = 0.0
 
     def heard(self, event: Event) -> None:
         """Take note of what a sentinel has announced."""
@@ -158,12 +160,11 @@ class Failover:
             return
         config, now = self._fleet.config, boottime()
         endpoint = endpoint_of(config, primary)
-        if self._busy.locked():
-            return
-        if self._tried is not None and self._tried[:2] == (endpoint, prefer) and now < self._tried[2]:
+        attempt = endpoint, self._epoch(endpoint), prefer
+        if self._busy.locked() or (attempt == self._tried and now < self._tried_until):
             return
         async with self._busy:
-            self._tried = endpoint, prefer, now + UNFIT_SECONDS
+            self._tried, self._tried_until = attempt, now + UNFIT_SECONDS
             self._chosen.clear()
             reason = await self._unfit(endpoint)
             if reason is not None:
@@ -172,10 +173,15 @@ class Failover:
             if not await self._steer(primary, prefer):
                 return
             # Sentinels that voted without a result try again after twice the failover-timeout, and not before.
-            self._tried = endpoint, prefer, now + 2 * config.sentinel.failover_timeout
+            self._tried_until = now + 2 * config.sentinel.failover_timeout
             log.warning("hurrying the sentinels", primary=primary.name, why=why)
             self._hurrying(primary, why)
             await self._hurry(endpoint)
+
+    def _epoch(self, primary: Endpoint) -> int:
+        """Return the configuration epoch in which a majority names this primary, 0 while none does."""
+        lease = self._situation().view.lease
+        return lease.epoch if lease is not None and lease.primary == primary else 0
 
     async def _unfit(self, primary: Endpoint) -> str | None:
         """Say why the sentinels are not to be hurried; None when a majority is there and of one mind."""

@@ -38,6 +38,25 @@ async def test_a_primary_whose_redis_dies_is_replaced_by_a_vote_within_a_second(
         assert led < 2.0
 
 
+async def test_a_primary_that_was_replaced_and_leads_again_is_replaced_as_fast(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        srds["n3"].write_drained(True)
+        for leading, other in (("n1", "n2"), ("n2", "n1"), ("n1", "n2")):
+            await srds[leading].until(lambda view: bool(view.redis and view.redis.replicas))
+            began = time.monotonic()
+            cluster.kill(f"redis-{leading}")
+            srds[leading].redis_died()
+            assert await leader(srds, (other,)) is srds[other]
+            show(says_yes=time.monotonic() - began)
+            assert time.monotonic() - began < REPLACE_SECONDS, "it was not taken for a silent one"
+            cluster.redis(leading, other)
+            srds[leading].alive()
+            await srds[leading].until(lambda view: view.redis is not None and view.redis.link_up)
+            await settled(cluster, cluster.endpoint(other))
+
+
 async def test_the_replica_that_has_most_is_promoted_even_if_the_sentinels_saw_that_late(
     cluster: Cluster, srds: dict[str, Srd]
 ) -> None:
