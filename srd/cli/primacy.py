@@ -56,16 +56,23 @@ def switchover_command(paths: Paths, *, to: str | None, at: float | None, dry_ru
     On whichever node this is run, the primary's srd does it. Where something speaks against it nothing is changed, and
     the exit status is 40.
     """
-    query = ({"to": to} if to is not None else {}) | ({"dry_run": "1"} if dry_run else {})
-    if at is not None and not dry_run:
-        client.post(paths.control_socket, f"/v1/switchover?{urlencode(query | {'dry_run': '1'})}")
+    wanted = {"to": to} if to is not None else {}
+
+    def ask(**more: str) -> dict[str, Any]:
+        path = f"/v1/switchover?{urlencode(wanted | more)}"
+        return client.post(paths.control_socket, path, timeout=ANSWER_SECONDS)
+
+    planned = ask(dry_run="1")
+    if dry_run:
+        click.echo(f"the primary would move from {planned['from']} to {planned['to']}")
+        return
+    if at is not None:
         click.echo(f"waiting until {dt.datetime.fromtimestamp(at).astimezone():%Y-%m-%d %H:%M:%S}")
         while (left := at - time.time()) > 0:
             time.sleep(min(left, 1.0))
-    done = client.post(paths.control_socket, f"/v1/switchover?{urlencode(query)}", timeout=ANSWER_SECONDS)
-    if dry_run:
-        click.echo(f"the primary would move from {done['from']} to {done['to']}")
-        return
+        planned = ask(dry_run="1")
+    click.echo(f"nothing speaks against it: the primary moves from {planned['from']} to {planned['to']}")
+    done = ask()
     click.echo(moved(done))
     if not done["named"]:
         reason = "the sentinels do not name it yet"
