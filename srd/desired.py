@@ -98,10 +98,14 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How redis may start: as primary (`primary` None), or as replica of `primary`; `hold` says why not yet."""
+    """How redis may start: as primary (`primary` None), or as replica of `primary`; `hold` says why not yet.
+
+    `keep`: this node may have what the primary has not, although it was in step with one.
+    """
 
     primary: Endpoint | None = None
     hold: str | None = None
+    keep: bool = False
 
 
 def leg_addresses(mine: Node, theirs: Node) -> tuple[tuple[IpAddress, IpAddress], ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any, Final
 
 from srd.annals import Annals
@@ -289,7 +290,8 @@ class Duties:
         runs = child is not None and child.pid is not None
         # To look costs a thread that becomes redis' user, 5 ms; of one that runs it is known.
         holds_data = runs or await asyncio.to_thread(self._ledger.holds_data)
-        return self._primacy.start(holds_data=holds_data)
+        start = self._primacy.start(holds_data=holds_data)
+        return replace(start, keep=start.primary is not None and self._ledger.may_exceed(start.primary))
 
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""

@@ -16,8 +16,8 @@ import structlog
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY
 from srd.ha.lease import endpoint_of
-from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, seen
-from srd.model import Paths, RefusedError, Role, Service, SrdError
+from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, may_exceed, seen
+from srd.model import Endpoint, Paths, RefusedError, Role, Service, SrdError
 from srd.state import Child, ChildState, Situation
 from srd.supervise import inventory
 from srd.supervise.files import remove_own, write_private
@@ -78,6 +78,10 @@ class Ledger:
             remove_own(self._path)
             self._noted = None
         return holds
+
+    def may_exceed(self, primary: Endpoint) -> bool:
+        """Return whether this node may have what that primary has not."""
+        return may_exceed(self._situation(), self._noted, primary)
 
     async def stock(self) -> Stock:
         """Return what this node has: in redis' memory while that knows it, otherwise on its disk."""

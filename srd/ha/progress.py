@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
-from srd.model import Body, Role, SrdError
+from srd.model import Body, Endpoint, Role, SrdError
 from srd.state import Situation
 
 UNKNOWN_EPOCH: Final = -1  # before any: it has never been in step, as far as is known
@@ -74,6 +74,19 @@ def seen(s: Situation, former: Progress | None) -> Progress | None:
     if lease is not None and (redis.in_step or own) and named == (s.node if own else leader):
         return Progress(lease.epoch, redis.replid, redis.offset)
     return Progress(former.epoch, redis.replid, redis.offset) if known and former is not None else None
+
+
+def may_exceed(s: Situation, noted: Progress | None, primary: Endpoint) -> bool:
+    """Return whether this node may have what that primary, as it leads now, has not.
+
+    Not if it goes on with the stream that this node had: it is heard to lead, no other was elected, and it is further.
+    """
+    node = s.config.node_at(primary.address)
+    report = s.view.peers.get(node.name) if node is not None else None
+    if noted is None or report is None or report.role is not Role.PRIMARY or report.offset is None:
+        return True
+    epoch = max((a.epoch for a in s.view.sentinels.values() if a.primary == primary), default=UNKNOWN_EPOCH)
+    return epoch != noted.epoch or report.offset < noted.offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ class Launcher:
     def _write_redis(self, owner: Owner, start: Start) -> None:
         directory = self._paths.service_dir(Service.REDIS)
         if start.primary is not None:
-            if not (self._paths.state_dir / FOLLOWS_NAME).exists():
+            if start.keep or not (self._paths.state_dir / FOLLOWS_NAME).exists():
                 self.keep_data()
             if boottime() < self._last_redis + SOON_SECONDS:
                 self._set_aside_unreadable(owner, directory)

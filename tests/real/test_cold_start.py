@@ -133,6 +133,20 @@ def test_without_the_primarys_node_the_one_with_most_of_the_others_is_elected(cl
     assert cluster.wait_primary() == "n3"
 
 
+def test_what_a_node_has_that_comes_too_late_is_kept(cluster: Whole) -> None:
+    """n3 was a replica in step, and nobody else's disk has as much."""
+    cluster.power_off(*cluster.names)
+    for name in ("n1", "n2"):
+        cut_short(cluster, name, 500)
+    cluster.power_on("n1", "n2")
+    assert cluster.wait_primary() == "n1"
+    cluster.power_on("n3")
+    cluster.wait(cluster.in_step, "n3 follows")
+    assert len(cluster.keys("n3")) < 200
+    kept = max((cluster.data("n3") / "kept").glob("[0-9]*Z"))
+    assert b"key:199\r\n" in b"".join(log.read_bytes() for log in kept.rglob("*.incr.aof"))
+
+
 def test_a_primary_that_lost_its_power_for_a_moment_does_not_replace_what_the_others_have(cluster: Whole) -> None:
     cluster.power_off("n1")
     cut_short(cluster, "n1", 1000)

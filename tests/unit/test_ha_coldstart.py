@@ -9,7 +9,7 @@ from support.situations import NOW, OFFSET, at, primary_situation, replica_redis
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY
 from srd.ha.coldstart import arranges, is_heard
-from srd.ha.progress import UNKNOWN_EPOCH, Progress, Stock, is_ahead, seen, stock_of
+from srd.ha.progress import UNKNOWN_EPOCH, Progress, Stock, is_ahead, may_exceed, seen, stock_of
 from srd.ha.restart import Death
 from srd.model import Role, Service, SrdError
 from srd.state import ChildState, Lease, Situation
@@ -60,6 +60,28 @@ def test_what_the_files_have_grown_or_lost_since_a_note_counts(count: int, inode
 )
 def test_a_note_says_nothing_of_files_that_have_begun_anew(log: str, inode: int) -> None:
     assert Progress(1, STREAM, 1000, "appendonly.aof.2.incr.aof", 7, 100).on_disk(log, inode, 100) == Progress()
+
+
+@pytest.mark.parametrize(
+    ("noted", "role", "offset", "may"),
+    [
+        (None, Role.PRIMARY, OFFSET, True),
+        (Progress(3, STREAM, OFFSET), Role.PRIMARY, OFFSET, False),
+        (Progress(3, STREAM, OFFSET), Role.PRIMARY, OFFSET - 1, True),
+        (Progress(2, STREAM, 1), Role.PRIMARY, OFFSET, True),
+        (Progress(3, STREAM, OFFSET), Role.REPLICA, OFFSET, True),
+        (Progress(3, STREAM, OFFSET), Role.PRIMARY, None, True),
+    ],
+)
+def test_who_follows_a_primary_that_goes_on_with_its_stream_has_nothing_else(
+    noted: Progress | None,
+    role: Role,
+    offset: int | None,
+    may: bool,  # noqa: FBT001 - a table's column
+) -> None:
+    s = replica_situation()
+    peers = {**s.view.peers, "redis-2": replace(s.view.peers["redis-2"], role=role, offset=offset)}
+    assert may_exceed(replace(s, view=replace(s.view, peers=peers)), noted, at(2)) is may
 
 
 MINE = Stock("n1", data=True, able=True, epoch=3, replid=STREAM, offset=1000, end="00")
