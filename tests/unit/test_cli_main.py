@@ -352,3 +352,15 @@ async def test_init_refuses_what_it_cannot_use_and_makes_nothing(
     assert words in err
     assert "Traceback" not in err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "advice"),
+    [(1, "nothing takes over"), (2, "no majority is left when either is lost"), (3, "")],
+)
+async def test_init_says_what_speaks_against_one_node_or_two(tmp_path: Path, nodes: int, advice: str) -> None:
+    arguments = [word for number in range(1, nodes + 1) for word in ("--node", f"n{number}=192.0.2.{number}")]
+    returned, out, err = await srd(tmp_path, "init", "orders", *arguments, "-o", str(tmp_path / "bundles"))
+    assert returned == 0
+    assert "is the bundle of n1" in out
+    assert advice in err if advice else err == ""
