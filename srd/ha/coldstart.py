@@ -23,12 +23,12 @@ in its place before anybody missed it asks all the same: what a replica has in m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import structlog
 
-from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
+from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Node
 from srd.ha.failover import Failover, silent_since
 from srd.ha.lease import endpoint_of
 from srd.ha.progress import Stock, is_ahead, stock_of
@@ -132,7 +132,7 @@ class ColdStart:
         ahead = self.census.ahead
         primary = known_primary(s)
         former = s.config.node_at(primary.address) if primary is not None else None
-        if ahead is None or former is None or not stocks[ahead].ready:
+        if ahead is None or former is None or not stocks[ahead].ready or s.paused:
             return
         if former != s.node and any(stock.chosen for name, stock in stocks.items() if name != s.node.name):
             return  # the sentinels need no help
@@ -160,27 +160,23 @@ class ColdStart:
         waited = s.now - (self._since if self._since is not None else s.now)
         if missing and waited < COMPANY_SECONDS:
             return Census(awaited=missing)
-        best = await self._most(s.config, s.node, known_primary(s) == endpoint_of(s.config, s.node), stocks)
+        own = known_primary(s) == endpoint_of(s.config, s.node)
+        order = [node.name for node in s.config.redis_nodes if node.name in stocks]
+        if own:
+            order.sort(key=lambda name: name != s.node.name)  # whom the sentinels name, unless another has more
+        best = await self._most([stocks[name] for name in order])
         alone = not missing and not any(stock.chosen for stock in stocks.values())
         if best is None:
             empty = not missing and not any(stock.data for stock in stocks.values())
             if empty and self._said != Census(empty=True, alone=alone):
                 log.warning("every node is empty: the cluster begins with an empty data set")
             return Census(empty=empty, alone=alone)
-        if best.node != s.node.name or self._is_deputy(s):
-            return Census(ahead=best.node)
-        return Census(alone=alone)
+        return Census(alone=alone) if own and best.node == s.node.name else Census(ahead=best.node)
 
-    def _is_deputy(self, s: Situation) -> bool:
-        return known_primary(s) != endpoint_of(s.config, s.node)
-
-    async def _most(self, config: Config, node: Node, named: bool, stocks: Mapping[str, Stock]) -> Stock | None:  # noqa: FBT001
-        """Return who has most of those who can lead: whom the sentinels name, unless another has more."""
-        order = [other.name for other in config.redis_nodes if other.name in stocks]
-        if named:
-            order.sort(key=lambda name: name != node.name)
+    async def _most(self, stocks: Sequence[Stock]) -> Stock | None:
+        """Return who has most of those that can lead, the first one if that is not known; None if there is none."""
         best: Stock | None = None
-        for stock in (stocks[name] for name in order):
+        for stock in stocks:
             if not stock.able or not stock.data:
                 continue
             if best is None:
