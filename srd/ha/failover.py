@@ -44,7 +44,6 @@ CHOICE_SECONDS: Final = 3.0
 # For one step at all nodes that answer; one that does not is waited for as long.
 STEP_SECONDS: Final = 0.5
 STEERING_SECONDS: Final = 1.5
-AGAIN_SECONDS: Final = 2.0
 # Sentinels that were not of one mind may be so soon: one was just starting, or had an older name still.
 UNFIT_SECONDS: Final = 1.0
 
