@@ -31,7 +31,7 @@ import structlog
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Node
 from srd.ha.failover import Failover, silent_since
 from srd.ha.lease import endpoint_of
-from srd.ha.progress import Stock, is_ahead, stock_of
+from srd.ha.progress import UNKNOWN_EPOCH, Stock, is_ahead, stock_of
 from srd.ha.restart import Census, Death, is_first_boot, known_primary
 from srd.model import AskPeer, Body, NodeKind, Role, Service, SrdError
 from srd.state import Situation, View
@@ -161,10 +161,11 @@ class ColdStart:
         if missing and waited < COMPANY_SECONDS:
             return Census(awaited=missing)
         own = known_primary(s) == endpoint_of(s.config, s.node)
-        order = [node.name for node in s.config.redis_nodes if node.name in stocks]
-        if own:
-            order.sort(key=lambda name: name != s.node.name)  # whom the sentinels name, unless another has more
-        best = await self._most([stocks[name] for name in order])
+        others = [stocks[node.name] for node in s.config.redis_nodes if node.name in stocks and node != s.node]
+        if own:  # whom the sentinels name, unless another has more
+            best = await self._most([stocks[s.node.name], *others])
+        else:
+            best = await self._most([stock for stock in (stocks[s.node.name], *others) if _has_been_in_step(stock)])
         alone = not missing and not any(stock.chosen for stock in stocks.values())
         if best is None:
             empty = not missing and not any(stock.data for stock in stocks.values())
@@ -200,6 +201,14 @@ class ColdStart:
             return None
         after = answer.get("after")
         return after if isinstance(after, int) else None
+
+
+def _has_been_in_step(stock: Stock) -> bool:
+    """Whether what it has was once a primary's; otherwise it may be an empty data set that its redis has made.
+
+    Where the one that the sentinels name is there, and has nothing itself, that is no worse. Where not, it is awaited.
+    """
+    return stock.epoch != UNKNOWN_EPOCH
 
 
 def _in_words(stock: Stock) -> Body:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
-from support.situations import NOW, OFFSET, at, primary_situation, replica_redis, replica_situation, with_child
+from support.situations import NOW, OFFSET, WALL, at, primary_situation, replica_redis, replica_situation, with_child
 
-from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY
-from srd.ha.coldstart import arranges, is_heard
+from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Node
+from srd.ha.coldstart import STOCK_TOPIC, ColdStart, arranges, is_heard
+from srd.ha.failover import Failover
 from srd.ha.progress import UNKNOWN_EPOCH, Progress, Stock, is_ahead, may_exceed, seen, stock_of
-from srd.ha.restart import Death
-from srd.model import Role, Service, SrdError
+from srd.ha.restart import Census, Death
+from srd.model import Body, Pause, RefusedError, Role, Service, SrdError
 from srd.state import ChildState, Lease, Situation
 
 STREAM, OTHER = "b" * 40, "c" * 40
@@ -206,3 +208,75 @@ def test_who_has_been_silent_for_long_is_not_heard() -> None:
     s = replica_situation()
     assert is_heard(s, s.config.node("redis-3"))
     assert not is_heard(replace(s, now=NOW + 10), s.config.node("redis-3"))
+
+
+class Elections:
+    """Stands where ha/failover.py does: notes whom the sentinels are to elect."""
+
+    def __init__(self) -> None:
+        self.preferred: list[str | None] = []
+
+    async def replace(self, _primary: Node, _why: str, *, prefer: str | None = None) -> None:
+        self.preferred.append(prefer)
+
+
+async def compared(s: Situation, *stocks: Stock) -> tuple[Census | None, list[str | None]]:
+    """Return what comes of one comparison on redis-1, and whom the sentinels are to elect; ends are in no file."""
+    found = {stock.node: stock for stock in stocks}
+    elections = Elections()
+
+    async def own() -> Stock:
+        return found[s.node.name]
+
+    async def ask(peer: str, topic: str, _body: Body, _seconds: float) -> Body:
+        if peer not in found:
+            raise RefusedError("ask", peer, "it is away")
+        return found[peer].body() if topic == STOCK_TOPIC else {"after": None}
+
+    async def nowhere(_end: str) -> int | None:
+        return None
+
+    cold = ColdStart(
+        cast("Failover", elections),
+        situation=lambda: s,
+        ask_peer=ask,
+        stock=own,
+        after=nowhere,
+        died=lambda: None,
+        wake=lambda: None,
+    )
+    await cold.reconcile()
+    return cold.census, elections.preferred
+
+
+def stock(number: int, offset: int, *, epoch: int = 3, data: bool = True, chosen: bool = False) -> Stock:
+    return Stock(
+        f"redis-{number}", data, able=True, ready=True, chosen=chosen, epoch=epoch, replid=STREAM, offset=offset
+    )
+
+
+NAMED = down(primary_situation())
+
+
+@pytest.mark.parametrize(
+    ("stocks", "census", "elected"),
+    [
+        ((stock(1, 9), stock(2, 9), stock(3, 8)), Census(alone=True), []),
+        ((stock(1, 9), stock(2, 9, chosen=True), stock(3, 8)), Census(), []),
+        ((stock(1, 8), stock(2, 9), stock(3, 10)), Census(ahead="redis-3"), ["redis-3"]),
+        (
+            (stock(1, 0, data=False), stock(2, 9, epoch=UNKNOWN_EPOCH), stock(3, 8)),
+            Census(ahead="redis-3"),
+            ["redis-3"],
+        ),
+        ((stock(1, 9), stock(2, 8)), Census(awaited=("redis-3",)), []),
+        (tuple(stock(n, 0, data=False) for n in (1, 2, 3)), Census(empty=True, alone=True), []),
+    ],
+)
+async def test_what_comes_of_a_comparison(stocks: tuple[Stock, ...], census: Census, elected: list[str]) -> None:
+    assert await compared(NAMED, *stocks) == (census, elected)
+
+
+async def test_nobody_is_elected_during_a_pause() -> None:
+    paused = replace(NAMED, view=replace(NAMED.view, pause=Pause(1, WALL + 60)))
+    assert await compared(paused, stock(1, 8), stock(2, 9), stock(3, 10)) == (Census(ahead="redis-3"), [])
