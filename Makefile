@@ -77,11 +77,25 @@ image-test: venv  ## the Dockerfile: built without a registry of images (as root
 	LAB_BARE=1 tests/lab/boot tests/image/suite
 
 .PHONY: bench
-bench: venv  ## speed and size, each figure a ratio within one run
-	$(BIN)/pytest -q -s tests/bench
+bench: venv  ## speed and size, each figure beside another's within one run
+	$(BIN)/pytest -q -s tests/bench --ignore tests/bench/test_primacy.py
 	tests/lab/boot tests/bench/esp
 	KERNELS=3 LAB_SRD_KILLS=50 LAB_POWER_CUTS=3 LAB_CERT_RELOADS=100 LAB_BARE=1 tests/lab/boot tests/lab/suite -q -s
 	LAB_REKEYS=100 LAB_BARE=1 tests/lab/boot tests/lab/suite -q -s -k "two_thousand_packets or no_packet_between_nodes"
+	$(MAKE) --no-print-directory bench-primacy
+
+.PHONY: bench-primacy
+bench-primacy: venv  ## how soon writes are back and what is lost, beside plain Sentinel: FAILOVERS=20 SILENCES=10 SWITCHOVERS=20
+	@# A figure that is missed does not keep the others from being measured and shown.
+	@mkdir -p build && rm -f build/primacy.jsonl; missed=0; \
+	BENCH_FAILOVERS=$(or $(FAILOVERS),20) BENCH_SWITCHOVERS=$(or $(SWITCHOVERS),20) \
+		$(BIN)/pytest -q -s tests/bench/test_primacy.py || missed=1; \
+	for nodes in 3 5; do \
+		NODES=$$nodes LAB_BENCH_FAILOVERS=$(or $(FAILOVERS),20) LAB_BENCH_SILENCES=$(or $(SILENCES),10) \
+			LAB_BENCH_SWITCHOVERS=$(or $(SWITCHOVERS),20) LAB_HOST_DIR=build LAB_BARE=1 \
+			tests/lab/boot tests/bench/primacy/suite || missed=1; \
+	done; \
+	PYTHONPATH=tests $(BIN)/python -m bench.primacy.figures; exit $$missed
 
 .PHONY: requirements
 requirements:  ## pin the dependencies again (needs uv)

@@ -19,6 +19,8 @@ from srd.trust.bundle import write_bundles
 DIRECTORIES: Final = {"CONFIG": "etc", "STATE": "state", "RUN": "run", "LOG": "log"}
 SRD: Final = str(Path(__file__).parents[3] / ".venv/bin/srd")
 ANSWER_SECONDS: Final = 5
+# What makes redis keep nothing on disk.
+IN_MEMORY: Final = '\n[redis.settings]\nappendonly = "no"\nsave = ""\n'
 # `srd` says this for good where there is no IPsec.
 LASTING: Final = frozenset({"ipsec_off"})
 
@@ -52,11 +54,11 @@ class Managed:
 class ManagedOnLoopback(Managed):
     """Three srds, as processes, and the haproxy and stunnel that they print the files of."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, extra: str = "") -> None:
         self._place = place
         root = place.root / "srd"
         root.mkdir(mode=0o711)
-        write_bundles(cluster_toml(nodes=len(place.nodes)), root / "bundles", dt.datetime.now(dt.UTC))
+        write_bundles(cluster_toml(nodes=len(place.nodes), extra=extra), root / "bundles", dt.datetime.now(dt.UTC))
         self.password = (root / "bundles/client/redis_password").read_text().strip()
         self._environments = {}
         for node in place.nodes:

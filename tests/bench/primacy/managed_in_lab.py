@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
 
-from support.lab import Lab, bring_up, edited
+from support.lab import Lab
 
-from bench.primacy.managed import Managed
+from bench.primacy.managed import IN_MEMORY, Managed
 
 
 class ManagedInLab(Managed):
-    """The lab's own cluster, brought up."""
+    """The lab's own cluster."""
 
-    def __init__(self) -> None:
-        bring_up()
-        self.lab = Lab()
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
         self.password = Path("/run/lab/redis_password").read_text().strip()
 
     def wait_whole(self) -> None:
@@ -35,7 +36,14 @@ class ManagedInLab(Managed):
         self.lab.on(self.lab.nodes[0], "srd", "switchover")
 
     def without_persistence(self) -> None:
-        """Have every redis keep nothing on disk from now on."""
-        file = Path(f"/var/lab/{self.lab.nodes[0]}/etc/srd/cluster.toml")
-        edited(self.lab, self.lab.nodes, f'{file.read_text()}\n[redis.settings]\nappendonly = "no"\nsave = ""\n')
-        self.lab.on(self.lab.nodes[0], "srd", "rolling", "restart", "--only", "redis")
+        """Have every redis keep nothing on disk from now on: one node after the other is stopped and started."""
+        for node in self.lab.nodes:
+            with Path(f"/var/lab/{node}/etc/srd/cluster.toml").open("a") as file:
+                file.write(IN_MEMORY)
+        for node in self.lab.nodes:
+            self.wait_whole()
+            pid = self.lab.srd_pid(node)
+            os.kill(pid, signal.SIGTERM)
+            self.lab.wait(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "srd has ended")
+            self.lab.start_srd(node)
+        self.wait_whole()

@@ -68,8 +68,8 @@ def move(place: Place, cluster: Arrangement, number: int, lasting: float) -> Mov
         return Moved(written.gap(), len(written.acknowledged), len(writing.missing()))
 
 
-def restart(place: Place, cluster: Arrangement) -> int:
-    """Kill a primary's redis that keeps nothing on disk, and have it started again; return how many keys are lost."""
+def restart(place: Place, cluster: Arrangement, lasting: float) -> int:
+    """Kill a primary that keeps nothing on disk, and have it started again; count what is lost so much later."""
     cluster.wait_whole()
     victim = cluster.primary()
     with place.writer(cluster.password, "restart:", wait=1, count=KEYS) as writing:
@@ -78,7 +78,7 @@ def restart(place: Place, cluster: Arrangement) -> int:
         writing.end()
         cluster.kill(victim)
         cluster.revive(victim)
-        time.sleep(DEPOSED_SECONDS)
+        time.sleep(lasting)
         cluster.wait_whole()
         return len(writing.missing())
 
@@ -95,26 +95,36 @@ class Parted:
     seconds: float
 
 
-def part(place: InLab, cluster: Arrangement, confirmations: Sequence[int]) -> list[Parted]:
-    """Cut the primary off with a replica, balancer and writers, one for each of `confirmations`; heal it again."""
+def part(
+    place: InLab,
+    cluster: Arrangement,
+    confirmations: Sequence[int],
+    *,
+    writes: int = WRITES,
+    seconds: float = PARTITION_SECONDS,
+    lasting: float = 0.0,
+) -> list[Parted]:
+    """Cut the primary off with the balancer, the writers, one for each of `confirmations`, and what else is a minority.
+
+    It holds for so many `writes` of the first writer, over so many `seconds` or more. What is missing is counted when
+    the cluster is whole again, and that is looked at after it has been `lasting` for so many seconds.
+    """
     cluster.wait_whole()
     primary = cluster.primary()
-    companion = next(node for node in place.nodes if node != primary)
+    companions = [node for node in place.nodes if node != primary][: (len(place.nodes) - 1) // 2 - 1]
     with contextlib.ExitStack() as stack:
         writers = [
-            stack.enter_context(
-                place.writer(cluster.password, f"part:{number}:", pause=PARTITION_SECONDS / WRITES, wait=number)
-            )
+            stack.enter_context(place.writer(cluster.password, f"part:{number}:", pause=seconds / writes, wait=number))
             for number in confirmations
         ]
         before = [writer.tried() for writer in writers]
-        with place.partitioned((primary, companion, BALANCER, CLIENT)) as cut:
-            while writers[0].tried() < before[0] + WRITES:
+        with place.partitioned((primary, *companions, BALANCER, CLIENT)) as cut:
+            while writers[0].tried() < before[0] + writes:
                 time.sleep(PAUSE_SECONDS)
             written = [writer.end() for writer in writers]
         healed = time.monotonic()
-        time.sleep(DEPOSED_SECONDS)
         cluster.changed()
+        time.sleep(lasting)
         cluster.wait_whole()
         found = []
         for number, done, tried, writer in zip(confirmations, written, before, writers, strict=True):

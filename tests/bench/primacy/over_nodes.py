@@ -40,7 +40,7 @@ def test_plain_sentinel(plain: Plainly) -> None:
 
 def test_plain_sentinel_without_persistence(plain: Plainly) -> None:
     place, cluster = plain(IN_MEMORY)
-    note("restart", cluster, f"{restart(place, cluster)} of {KEYS} keys lost")
+    note("restart", cluster, f"{restart(place, cluster, DEPOSED_SECONDS)} of {KEYS} keys lost")
 
 
 def test_srd_after_a_kill_of_the_primary(srd: tuple[InLab, ManagedInLab]) -> None:
@@ -68,6 +68,6 @@ def test_srd_at_a_switchover(srd: tuple[InLab, ManagedInLab]) -> None:
 def test_srd_without_persistence(srd: tuple[InLab, ManagedInLab]) -> None:
     place, cluster = srd
     cluster.without_persistence()
-    lost = restart(place, cluster)
+    lost = restart(place, cluster, SETTLED_SECONDS)
     note("restart", cluster, f"{lost} of {KEYS} keys lost")
     assert lost == 0

@@ -10,7 +10,7 @@ from bench.primacy.conftest import Plainly
 from bench.primacy.figures import Figure, keep
 from bench.primacy.managed import Arrangement
 from bench.primacy.managed_in_lab import ManagedInLab
-from bench.primacy.measures import Parted, part
+from bench.primacy.measures import DEPOSED_SECONDS, Parted, part
 from bench.primacy.places import InLab
 
 MAJORITY = 2  # replicas that are more than half of five nodes, with the primary
@@ -20,13 +20,14 @@ FENCED_SECONDS = 3.0
 def note(cluster: Arrangement, parted: list[Parted]) -> None:
     for each in parted:
         how = f" with WAIT {each.confirmations}" if each.confirmations else ""
-        text = f"{each.lost} of {each.acknowledged} acknowledged{how}, the last one {each.last:.2f} s after the cut"
+        last = f", the last one {each.last:.2f} s after the cut" if each.lost else ""
+        text = f"{each.lost} of {each.acknowledged}{how}{last} ({each.tried} tried in {each.seconds:.0f} s)"
         keep(Figure("part" if not each.confirmations else f"part-{each.confirmations}", "lab", cluster.name, text))
 
 
 def test_plain_sentinel(plain: Plainly) -> None:
     place, cluster = plain()
-    note(cluster, part(place, cluster, (0, 1, MAJORITY)))
+    note(cluster, part(place, cluster, (0, 1, MAJORITY), lasting=DEPOSED_SECONDS))
 
 
 def test_srd(srd: tuple[InLab, ManagedInLab]) -> None:
