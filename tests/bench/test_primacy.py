@@ -16,8 +16,8 @@ import pytest
 from bench.primacy.figures import Figure, keep, seconds
 from bench.primacy.managed import Arrangement, ManagedOnLoopback
 from bench.primacy.measures import DEPOSED_SECONDS, kill, move
-from bench.primacy.places import OnLoopback, Place, own_network
-from bench.primacy.plain import Plain, logs
+from bench.primacy.places import OnLoopback, Place, explained, own_network
+from bench.primacy.plain import Plain
 
 FAILOVERS = int(os.environ.get("BENCH_FAILOVERS", "3"))
 SWITCHOVERS = int(os.environ.get("BENCH_SWITCHOVERS", "3"))
@@ -36,10 +36,9 @@ def there(
     with own_network():
         place = OnLoopback(root, NODES)
         try:
-            yield place, MADE[request.param](place)
-        except AssertionError as error:
-            error.add_note(logs(root))
-            raise
+            with explained(root):
+                made = MADE[request.param](place)
+            yield place, made
         finally:
             place.end()
 

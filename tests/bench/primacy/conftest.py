@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.primacy.managed import Arrangement
-from bench.primacy.places import InLab
-from bench.primacy.plain import Plain, logs
+from bench.primacy.places import InLab, explained
+from bench.primacy.plain import Plain
 
 NODES = tuple(f"redis-{number}" for number in range(1, int(os.environ.get("LAB_NODES", "3")) + 1))
 Plainly = Callable[[str], tuple[InLab, Plain]]
@@ -22,11 +22,8 @@ def plain(tmp_path: Path) -> Iterator[Callable[..., tuple[InLab, Plain]]]:
     place = InLab(tmp_path, NODES)
 
     def make(extra: str = "") -> tuple[InLab, Plain]:
-        try:
+        with explained(tmp_path):
             return place, Plain(place, extra)
-        except AssertionError as error:
-            error.add_note(logs(tmp_path))
-            raise
 
     try:
         yield make

@@ -20,6 +20,7 @@ from support.namespace import CLONE_NEWNET, call, run, unshare
 TESTS: Final = Path(__file__).parents[2]
 BALANCER, CLIENT = "lb", "client"
 PATIENCE_SECONDS: Final = 120.0
+LAST_WORDS: Final = 4000  # characters of a log
 END_SECONDS: Final = 30.0  # redis waits for its replicas, then it saves
 
 
@@ -133,6 +134,18 @@ def own_network() -> Iterator[None]:
             yield
         finally:
             call("setns", home.fileno(), CLONE_NEWNET)
+
+
+@contextlib.contextmanager
+def explained(root: Path) -> Iterator[None]:
+    """Add the last words of everything that ran to a failure."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(
+            "\n".join(f"{path.name}: {path.read_text()[-LAST_WORDS:]}" for path in sorted(root.glob("*.log")))
+        )
+        raise
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import subprocess
 import time
-from pathlib import Path
 from typing import Final
 
 from support.sentinels import PROGRAM
@@ -207,8 +206,3 @@ class Plain:
     def switch_over(self) -> None:
         """Move the primary as Sentinel's users do."""
         assert self._ask(self._place.nodes[0], 26379, "sentinel", "failover", "master") == ["OK"]
-
-
-def logs(root: Path) -> str:
-    """Return the last words of everything, for a failure."""
-    return "\n".join(f"{path.name}: {path.read_text()[-500:]}" for path in sorted(root.glob("*.log")))
