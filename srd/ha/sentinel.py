@@ -50,6 +50,8 @@ class Event:
 PACE: Final = {"info-period": 1000, "publish-period": 500, "ask-period": 200, "tilt-period": 5000}
 OFTEN_MILLISECONDS: Final = 100
 SELDOM_MILLISECONDS: Final = 10_000
+# Longer than any sentinel has run: it asks when its last answer is older than that.
+NEVER_MILLISECONDS: Final = 10**12
 
 
 NOBODY: Final = "*"
@@ -178,6 +180,10 @@ class SentinelClient:
     async def look_every(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
         """Have it look at the replicas more or less often for a while; `keep_pace` ends that."""
         await self._wire.ask(("SENTINEL", "DEBUG", "info-period", str(milliseconds)), seconds=seconds)
+
+    async def ask_others_never(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it ask no other whether the primary is down, so that it begins no vote; `keep_pace` ends that."""
+        await self._wire.ask(("SENTINEL", "DEBUG", "ask-period", str(NEVER_MILLISECONDS)), seconds=seconds)
 
     async def _set(self, option: str, value: int, seconds: float) -> None:
         (reply,) = await self._wire.ask(("SENTINEL", "SET", self._master, option, str(value)), seconds=seconds)

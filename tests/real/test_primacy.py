@@ -14,6 +14,7 @@ from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 from srd.cluster import DEFAULT_PRIORITY
 from srd.ha.failover import REPLACE_SECONDS
 from srd.ha.redis import FENCED
+from srd.ha.sentinel import SentinelClient
 from srd.model import RefusedError, Role, Service, SrdError
 from srd.state import Child, ChildState
 
@@ -44,7 +45,7 @@ async def test_a_primary_that_was_replaced_and_leads_again_is_replaced_as_fast(
     async with watched(srds, *NAMES):
         srds["n3"].write_drained(True)
         for leading, other in (("n1", "n2"), ("n2", "n1"), ("n1", "n2")):
-            await srds[leading].until(lambda view: bool(view.redis and view.redis.replicas))
+            await idle(cluster)
             began = time.monotonic()
             cluster.kill(f"redis-{leading}")
             srds[leading].redis_died()
@@ -55,6 +56,33 @@ async def test_a_primary_that_was_replaced_and_leads_again_is_replaced_as_fast(
             srds[leading].alive()
             await srds[leading].until(lambda view: view.redis is not None and view.redis.link_up)
             await settled(cluster, cluster.endpoint(other))
+
+
+async def test_a_primary_that_dies_before_its_promotion_is_over_leaves_the_sentinels_of_one_mind(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        srds["n3"].write_drained(True)
+        for leading, other in (("n1", "n2"), ("n2", "n1")):
+            cluster.kill(f"redis-{leading}")
+            srds[leading].redis_died()
+            assert await leader(srds, (other,), 30) is srds[other]
+            cluster.redis(leading, other)
+            srds[leading].alive()
+            await srds[other].until(lambda view, other=other: view.named == cluster.endpoint(other))
+        await settled(cluster, cluster.endpoint("n1"))
+
+
+async def idle(cluster: Cluster) -> None:
+    """Wait until no sentinel is busy with a failover."""
+    for name in NAMES:
+        async with sentinel_client(cluster, name) as asked:
+
+            async def done(asked: SentinelClient = asked) -> bool:
+                answer = await asked.ask()
+                return answer.flags == frozenset({"master"}) and answer.known_replicas == 2
+
+            await until(done)
 
 
 async def test_the_replica_that_has_most_is_promoted_even_if_the_sentinels_saw_that_late(

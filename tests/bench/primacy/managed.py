@@ -21,8 +21,8 @@ SRD: Final = str(Path(__file__).parents[3] / ".venv/bin/srd")
 ANSWER_SECONDS: Final = 5
 # What makes redis keep nothing on disk.
 IN_MEMORY: Final = '\n[redis.settings]\nappendonly = "no"\nsave = ""\n'
-# `srd` says this for good where there is no IPsec.
-LASTING: Final = frozenset({"ipsec_off"})
+# What srd says for good where there is no IPsec, and for two minutes of a child that is killed again and again.
+LASTING: Final = frozenset({"ipsec_off", "child_flapping"})
 
 
 class Arrangement(Protocol):
