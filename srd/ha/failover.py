@@ -15,8 +15,8 @@ runs had a second failover. Whoever does this may die meanwhile: every srd sets 
 
 One of them stands for election, the others only vote: where all are hurried at once, all may find one another in
 agreement at the same tick, and each vote for itself; the next attempt came 10 to 12 s later (2 of 20 in the lab, whose
-nodes share a CPU). So all but one are told not to ask the others, and are told back with the rest. Should that stay with
-one for want of a srd beside it, it votes as ever, and the one that stands was never told.
+nodes share a CPU). So all but one are told not to ask the others, and are told back with the rest. Should that stay
+with one for want of a srd beside it, it votes as ever, and the one that stands was never told.
 
 Which replica: the sentinels take the greatest offset by their last INFO, which may be a second old (2 of 10 choices
 were wrong, 2,300 to 2,500 acknowledged writes lost, where a replica's link had stalled just before). Asked now that
