@@ -11,6 +11,7 @@ from pathlib import Path
 from support.lab import Lab
 
 from bench.primacy.managed import IN_MEMORY, Managed
+from bench.primacy.places import wait
 
 
 class ManagedInLab(Managed):
@@ -33,7 +34,13 @@ class ManagedInLab(Managed):
         return moment
 
     def switch_over(self) -> None:
-        self.lab.on(self.lab.nodes[0], "srd", "switchover")
+        """Move the primary; one that is refused, for sentinels that are slow on the lab's CPU, is asked for again."""
+
+        def refused() -> str:
+            done = self.lab.on(self.lab.nodes[0], "srd", "switchover", check=False)
+            return done.stderr if done.returncode else ""
+
+        wait(refused)
 
     def without_persistence(self) -> None:
         """Have every redis keep nothing on disk from now on: one node after the other is stopped and started."""
