@@ -176,14 +176,17 @@ class Failover:
         async with self._busy:
             self._tried, self._tried_until = attempt, now + UNFIT_SECONDS
             self._chosen.clear()
-            answers = await self._settled()
+            answers = await self._settled(endpoint)
             reason = unfit(config, answers, endpoint)
             if reason is not None:
                 log.warning("leaving it to the sentinels", primary=primary.name, why=reason)
                 return
             naming = [name for name, answer in answers.items() if _names(answer, endpoint)]
             candidate = next((name for name in await self._steer(primary, prefer) if name in naming), None)
-            if candidate is None:
+            # Asked once more: hurried after a choice, they would judge the one that they have chosen by that.
+            late = "none knows whom to choose" if candidate is None else unfit(config, await self._ask(), endpoint)
+            if candidate is None or late is not None:
+                log.warning("not hurrying the sentinels", primary=primary.name, why=late)
                 return
             # Sentinels that voted without a result try again after twice the failover-timeout, and not before.
             self._tried_until = now + 2 * config.sentinel.failover_timeout
@@ -196,12 +199,16 @@ class Failover:
         lease = self._situation().view.lease
         return lease.epoch if lease is not None and lease.primary == primary else 0
 
-    async def _settled(self) -> Mapping[str, SentinelAnswer]:
-        """Return what the sentinels say once none of them is busy with the promotion before this one, or that lasts."""
+    async def _ask(self) -> Mapping[str, SentinelAnswer]:
+        return await on_all(self._talking(self._fleet.sentinels), lambda sentinel: sentinel.ask(STEP_SECONDS))
+
+    async def _settled(self, primary: Endpoint) -> Mapping[str, SentinelAnswer]:
+        """Return what the sentinels say once they can be hurried, or after a while: one answer may be late."""
         deadline = boottime() + SETTLING_SECONDS
         while True:
-            answers = await on_all(self._talking(self._fleet.sentinels), lambda sentinel: sentinel.ask(STEP_SECONDS))
-            if boottime() > deadline or not any(PROMOTED_FLAG in answer.flags for answer in answers.values()):
+            answers = await self._ask()
+            replacing = any(FAILOVER_FLAG in answer.flags for answer in answers.values())
+            if replacing or boottime() > deadline or unfit(self._fleet.config, answers, primary) is None:
                 return answers
             await asyncio.sleep(HASTE_SECONDS / 4)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 
 import pytest
+from support.directories import passable
 
 from bench.primacy.figures import Figure, keep, seconds
 from bench.primacy.managed import Arrangement, ManagedOnLoopback
@@ -26,14 +26,9 @@ MADE: dict[str, Callable[[Place], Arrangement]] = {"plain": Plain, "srd": Manage
 
 
 @pytest.fixture(scope="module", params=MADE)
-def there(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Place, Arrangement]]:
+def there(request: pytest.FixtureRequest) -> Iterator[tuple[Place, Arrangement]]:
     """A cluster on the loopback of a network of its own, the one after the other is gone."""
-    root: Path = tmp_path_factory.mktemp(request.param)
-    for directory in (root, *root.parents[:2]):
-        directory.chmod(0o711)  # the services' users pass through
-    with own_network():
+    with passable() as root, own_network():
         place = OnLoopback(root, NODES)
         try:
             with explained(root):
