@@ -16,7 +16,7 @@ runs had a second failover. Whoever does this may die meanwhile: every srd sets 
 One of them stands for election, the others only vote: where all are hurried at once, all may find one another in
 agreement at the same tick, and each vote for itself; the next attempt came 10 to 12 s later (2 of 20 in the lab, whose
 nodes share a CPU). So all but one are told not to ask the others, and are told back with the rest. Should that stay
-with one for want of a srd beside it, it votes as ever, and the one that stands was never told.
+with one for want of a srd beside it, it votes as ever; the one that stands goes on asking at each of its ticks.
 
 Which replica: the sentinels take the greatest offset by their last INFO, which may be a second old (2 of 10 choices
 were wrong, 2,300 to 2,500 acknowledged writes lost, where a replica's link had stalled just before). Asked now that
@@ -36,7 +36,7 @@ import structlog
 from srd.cluster import MIN_REPLICAS_MAX_LAG, NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
 from srd.ha.fleet import C, Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, PROMOTED_FLAG, endpoint_of, fresh
-from srd.ha.sentinel import OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
+from srd.ha.sentinel import NEVER_MILLISECONDS, OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
 from srd.model import Endpoint, Role
 from srd.reconcile import boottime
 from srd.state import Redis, SentinelAnswer, Situation
@@ -51,6 +51,8 @@ CHOICE_SECONDS: Final = 3.0
 # another one meanwhile: two primaries in one epoch, and neither gives way. That is too long to wait for: replicas
 # whose link has been down for 2 s are no good to sentinels in haste.
 SETTLING_SECONDS: Final = 1.2
+# The candidate asks at each of its ticks: one that has not found it down yet would be asked again 0.2 s later.
+ASKING_MILLISECONDS: Final = 10
 # For one step at all nodes that answer; one that does not is waited for as long.
 STEP_SECONDS: Final = 0.5
 STEERING_SECONDS: Final = 1.5
@@ -246,8 +248,8 @@ class Failover:
 
     async def _hurry(self, primary: Endpoint, candidate: str) -> None:
         async def hasten(sentinel: SentinelClient) -> None:
-            if sentinel.node != candidate:
-                await sentinel.ask_others_never(STEP_SECONDS)
+            period = ASKING_MILLISECONDS if sentinel.node == candidate else NEVER_MILLISECONDS
+            await sentinel.ask_others_every(period, STEP_SECONDS)
             await sentinel.keep_down_after(HASTE_SECONDS, STEP_SECONDS)
 
         configured = self._fleet.config.sentinel.down_after

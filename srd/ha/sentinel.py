@@ -181,9 +181,9 @@ class SentinelClient:
         """Have it look at the replicas more or less often for a while; `keep_pace` ends that."""
         await self._wire.ask(("SENTINEL", "DEBUG", "info-period", str(milliseconds)), seconds=seconds)
 
-    async def ask_others_never(self, seconds: float = ANSWER_SECONDS) -> None:
-        """Have it ask no other whether the primary is down, so that it begins no vote; `keep_pace` ends that."""
-        await self._wire.ask(("SENTINEL", "DEBUG", "ask-period", str(NEVER_MILLISECONDS)), seconds=seconds)
+    async def ask_others_every(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
+        """Have it ask the others so often whether the primary is down, which begins a vote; `keep_pace` ends that."""
+        await self._wire.ask(("SENTINEL", "DEBUG", "ask-period", str(milliseconds)), seconds=seconds)
 
     async def _set(self, option: str, value: int, seconds: float) -> None:
         (reply,) = await self._wire.ask(("SENTINEL", "SET", self._master, option, str(value)), seconds=seconds)

@@ -125,4 +125,13 @@ class ManagedOnLoopback(Managed):
         return moment
 
     def switch_over(self) -> None:
-        self._srd(self._place.nodes[0], "switchover")
+        """Move the primary; one that is refused, for a failover that has not ended say, is asked for again."""
+
+        def refused() -> str:
+            try:
+                self._srd(self._place.nodes[0], "switchover")
+            except subprocess.CalledProcessError as error:
+                return str(error.stderr)
+            return ""
+
+        wait(refused)
