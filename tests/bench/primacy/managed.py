@@ -22,7 +22,7 @@ ANSWER_SECONDS: Final = 5
 # What makes redis keep nothing on disk.
 IN_MEMORY: Final = '\n[redis.settings]\nappendonly = "no"\nsave = ""\n'
 # What srd says for good where there is no IPsec, and for two minutes of a child that is killed again and again.
-LASTING: Final = frozenset({"ipsec_off", "child_flapping"})
+LASTING: Final = frozenset({"ipsec_off", "child_flapping", "no_persistence"})
 
 
 class Arrangement(Protocol):
