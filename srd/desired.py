@@ -100,12 +100,14 @@ class Wanted:
 class Start:
     """How redis may start: as primary (`primary` None), or as replica of `primary`; `hold` says why not yet.
 
-    `keep`: this node may have what the primary has not, although it was in step with one.
+    `keep`: this node may have what the primary has not, although it was in step with one. `led`: the srd of `primary`
+    says that its redis is one.
     """
 
     primary: Endpoint | None = None
     hold: str | None = None
     keep: bool = False
+    led: bool = False
 
 
 def leg_addresses(mine: Node, theirs: Node) -> tuple[tuple[IpAddress, IpAddress], ...]:
@@ -201,13 +203,13 @@ def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
 
 
 def voters_changed(old: Config, new: Config) -> tuple[str, ...]:
-    """Return the voters that only one of the two files has, by name.
+    """Return the voters that only one of the two files has, or has at these addresses, by name.
 
     Two majorities, by an old and by a new file, share a voter only if no more than one has come or gone: {1, 2} is a
     majority of 1, 2 and 3, and {3, 4, 5} is one of 1 to 5; and of 1, 2 and 4, {2, 4} is one, and {1, 3} was before.
     """
-    before, after = ({voter.name for voter in config.voters} for config in (old, new))
-    return tuple(sorted(before ^ after))
+    before, after = ({(voter.name, voter.addresses) for voter in config.voters} for config in (old, new))
+    return tuple(sorted({name for name, _ in before ^ after}))
 
 
 def differences(old: Config, new: Config) -> dict[str, list[str] | bool]:

@@ -88,6 +88,8 @@ class Ledger:
         files = await asyncio.to_thread(self._look)
         s = self._situation()
         redis, child = s.view.redis, s.view.children.get(Service.REDIS)
+        if redis is None and child is not None and child.pid is not None:
+            raise RefusedError("say", "what redis has", "it runs and does not answer, and may have more than its disk")
         ready = redis is not None and not redis.loading and child is not None and child.state is ChildState.READY
         now = seen(s, self._noted)
         joined = s.view.initialized or self._noted is not None  # a newcomer's redis has made files, too
@@ -115,7 +117,9 @@ class Ledger:
         return await asyncio.to_thread(self._as_redis, lambda: inventory.bytes_after(self._directory, wanted))
 
     def _fails(self, s: Situation, child: Child | None) -> bool:
-        """Whether redis cannot be counted on: it has ended without having loaded its data, or ends again and again."""
+        """Whether redis cannot be counted on: it cannot be started, has not loaded, or ends again and again."""
+        if child is not None and child.state is ChildState.BACKOFF and not child.lately:
+            return True
         ends = [moment for moment in child.lately if s.now - moment < FAILING_SECONDS] if child is not None else []
         return len(ends) >= (FAILING_ENDS if self._has_loaded else 1)
 

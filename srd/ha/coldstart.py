@@ -75,10 +75,11 @@ def _never_answered(death: Death | None) -> bool:
 
 
 def _unproven(view: View) -> bool:
-    """Whether this node's redis has not been in step since it was started."""
+    """Whether this node's redis has not been in step since it was started, or is not there."""
     redis = view.redis
-    early = redis is not None and redis.priority in (NEVER_PRIORITY, PREFERRED_PRIORITY)
-    return redis is not None and early and redis.role is Role.REPLICA and not redis.link_up
+    if redis is None:
+        return True
+    return redis.priority in (NEVER_PRIORITY, PREFERRED_PRIORITY) and redis.role is Role.REPLICA and not redis.link_up
 
 
 def is_heard(s: Situation, node: Node) -> bool:
@@ -149,7 +150,12 @@ class ColdStart:
                 return None
 
         others = [node.name for node in s.config.redis_nodes if node != s.node and is_heard(s, node)]
-        own = await self._stock()
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                own = await self._stock()
+        except (SrdError, TimeoutError) as error:
+            log.info("this node does not know what it has", why=str(error) or "its disk does not answer")
+            own = Stock(s.node.name)
         async with asyncio.TaskGroup() as group:
             asked = [group.create_task(ask(name)) for name in others]
         found = [own, *(task.result() for task in asked)]
@@ -163,6 +169,8 @@ class ColdStart:
         own = known_primary(s) == endpoint_of(s.config, s.node)
         others = [stocks[node.name] for node in s.config.redis_nodes if node.name in stocks and node != s.node]
         if own:  # whom the sentinels name, unless another has more
+            if stocks[s.node.name].data:
+                others = [stock for stock in others if _has_been_in_step(stock)]
             best = await self._most([stocks[s.node.name], *others])
         else:
             best = await self._most([stock for stock in (stocks[s.node.name], *others) if _has_been_in_step(stock)])
@@ -183,8 +191,10 @@ class ColdStart:
             if best is None:
                 best = stock
                 continue
-            theirs, mine = await self._bytes_after(stock.node, best.end), await self._bytes_after(best.node, stock.end)
-            if is_ahead(stock, best, they_have_more=theirs, i_have_more=mine):
+            async with asyncio.TaskGroup() as group:
+                theirs = group.create_task(self._bytes_after(stock.node, best.end))
+                mine = group.create_task(self._bytes_after(best.node, stock.end))
+            if is_ahead(stock, best, they_have_more=theirs.result(), i_have_more=mine.result()):
                 best = stock
         return best
 
@@ -192,12 +202,13 @@ class ColdStart:
         """Return how much follows that end in a node's append-only file; None if that is not known."""
         if not end:
             return None
-        if node == self._situation().node.name:
-            return await self._after(end)
         try:
+            if node == self._situation().node.name:
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return await self._after(end)
             answer = await self._ask_peer(node, AFTER_TOPIC, {"end": end}, ANSWER_SECONDS)
-        except SrdError as error:
-            log.info("a node does not compare", peer=node, why=str(error))
+        except (SrdError, TimeoutError) as error:
+            log.info("a node does not compare", peer=node, why=str(error) or "its disk does not answer")
             return None
         after = answer.get("after")
         return after if isinstance(after, int) else None
@@ -207,8 +218,9 @@ def _has_been_in_step(stock: Stock) -> bool:
     """Whether what it has was once a primary's; otherwise it may be an empty data set that its redis has made.
 
     Where the one that the sentinels name is there, and has nothing itself, that is no worse. Where not, it is awaited.
+    A snapshot that names its stream is one of a primary, or of a replica that was in touch with one.
     """
-    return stock.epoch != UNKNOWN_EPOCH
+    return stock.epoch != UNKNOWN_EPOCH or bool(stock.replid)
 
 
 def _in_words(stock: Stock) -> Body:

@@ -127,8 +127,8 @@ class Failover:
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
         self._aligned: Node | None = None
-        # Whom, named in which configuration epoch (it may have become primary anew since), and by whom; until when.
-        self._tried: tuple[Endpoint, int, str | None] | None = None
+        # Whom, named in which configuration epoch (it may have become primary anew since), and until when.
+        self._tried: tuple[Endpoint, int] | None = None
         self._tried_until = 0.0
 
     def heard(self, event: Event) -> None:
@@ -172,7 +172,7 @@ class Failover:
             return
         config, now = self._fleet.config, boottime()
         endpoint = endpoint_of(config, primary)
-        attempt = endpoint, self._epoch(endpoint), prefer
+        attempt = endpoint, self._epoch(endpoint)
         if self._busy.locked() or (attempt == self._tried and now < self._tried_until):
             return
         async with self._busy:

@@ -20,7 +20,7 @@ from srd.ha import restart
 from srd.ha.chronicle import HISTORY_TOPIC, Chronicle
 from srd.ha.coldstart import AFTER_TOPIC, STOCK_TOPIC, ColdStart
 from srd.ha.custody import Custody
-from srd.ha.failover import Failover, silent_since
+from srd.ha.failover import UNFIT_SECONDS, Failover, silent_since
 from srd.ha.fence import Fence
 from srd.ha.fleet import Fleet
 from srd.ha.history import History
@@ -370,7 +370,11 @@ class Primacy:
         while True:
             await self._died.wait()
             self._died.clear()
-            await contained("failover", partial(self.failover.replace, self._node, "its redis has ended"))
+            replace = partial(self.failover.replace, self._node, "its redis has ended")
+            await contained("failover", replace)
+            await asyncio.sleep(UNFIT_SECONDS)
+            if self._situation().view.named == endpoint_of(self._config, self._node):
+                await contained("failover", replace)  # they may not have been of one mind, and it is told again
 
 
 async def _leads(redis: RedisClient) -> bool:

@@ -135,7 +135,7 @@ class Switchover:
                 await self._reattach()
                 raise
             finally:
-                await _quietly(new.keep_priority(successor.priority, STEP_SECONDS))
+                await _quietly(_prefer_no_more(successor, new))
                 self._look()
             done = Switched(successor.name, gap, boottime() - began, named)
             log.warning("switched over", to=successor.name, gap_ms=round(gap * 1000, 1), named=named)
@@ -281,7 +281,13 @@ async def _promote(successor: Node, new: RedisClient) -> None:
         with contextlib.suppress(RespError):
             if await new.role(STEP_SECONDS) is Role.PRIMARY:
                 return
-        raise SrdError("promote", successor.name, f"{error}; the primary is where it was") from error
+        raise SrdError("promote", successor.name, f"{error}; the primary is to stay where it was") from error
+
+
+async def _prefer_no_more(successor: Node, new: RedisClient) -> None:
+    """Take the preference back; a redis that was started again meanwhile says of itself what it should."""
+    if (await new.observe(STEP_SECONDS)).priority == PREFERRED_PRIORITY:
+        await new.keep_priority(successor.priority, STEP_SECONDS)
 
 
 async def _make_epoch(sentinels: Sequence[SentinelClient]) -> None:

@@ -136,7 +136,7 @@ class Launcher:
         if start.primary is not None:
             if start.keep or not (self._paths.state_dir / FOLLOWS_NAME).exists():
                 self.keep_data()
-            if boottime() < self._last_redis + SOON_SECONDS:
+            if start.led and boottime() < self._last_redis + SOON_SECONDS:
                 self._set_aside_unreadable(owner, directory)
         self._last_redis = boottime()
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)

@@ -33,7 +33,7 @@ from srd.supervise.adopt import (
     pid_of,
     record_found,
 )
-from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, write_private
+from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, remove_own, write_private
 from srd.supervise.launch import Launcher
 from srd.supervise.machine import RUNNING
 from srd.supervise.process import Process
@@ -333,12 +333,12 @@ class Services:
         redis = self._situation().view.redis
         if redis is None or redis.loading:
             return
-        follows = redis.role is Role.REPLICA and redis.link_up and not redis.sync_in_progress
+        follows = redis.in_step
         if follows == self._follows or not (follows or redis.role is Role.PRIMARY):
             return  # one that has lost its primary still has what it was sent
         file = self._paths.state_dir / FOLLOWS_NAME
         if follows:
             await asyncio.to_thread(write_private, file, b"")
         else:
-            await asyncio.to_thread(partial(file.unlink, missing_ok=True))
+            await asyncio.to_thread(remove_own, file)
         self._follows = follows

@@ -21,7 +21,7 @@ from srd.supervise.spawn import Command, spawn
 _LOG: Final = Path("appendonlydir")
 _MANIFEST: Final = _LOG / "appendonly.aof.manifest"
 # It reads as fast as redis itself does. What takes longer is not judged.
-CHECK_SECONDS: Final = 60.0
+CHECK_SECONDS: Final = 20.0
 
 
 def is_unreadable(program: Program, owner: Owner, data: Path, log: Path) -> bool:
@@ -29,6 +29,8 @@ def is_unreadable(program: Program, owner: Owner, data: Path, log: Path) -> bool
     if not owner.do((data / _MANIFEST).exists):
         return False
     checker = program.argv0.replace("-server", "-check-aof")
+    if checker == program.argv0:
+        return False  # by an unknown name it would not check, but serve
     started = spawn(Command(program.path, (checker, str(_MANIFEST)), owner, data, log))
     try:
         poll = select.poll()
