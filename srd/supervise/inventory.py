@@ -55,6 +55,12 @@ class Files:
     offset: int = 0
 
 
+def files_in(directory: Path) -> list[Path]:
+    """Return all that redis may load from its data directory, whatever it is set to."""
+    found = (directory / SNAPSHOT, *(directory / APPEND_ONLY).glob("*"))
+    return [path for path in found if path.is_file()]
+
+
 def look(directory: Path, *, appends: bool) -> Files:
     """Return what redis would load; `appends` is its `appendonly`. Raises `OSError`."""
     if appends:

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from srd.supervise.inventory import files_in
+
 DIRECTORY: Final = "kept"
 # Each may come to be as large as the data set. The second is for one that is made soon after the one that mattered.
 COPIES: Final = 2
@@ -28,7 +30,7 @@ def keep(data: Path, wall_clock: float) -> Path | None:
     As long as redis has the very files of the last copy, that is the copy: a redis that is started again and again
     pushes none out.
     """
-    files = [path for path in (data / "dump.rdb", *data.glob("appendonlydir/*")) if path.is_file()]
+    files = files_in(data)
     if not files:
         return None
     last = latest(data)

@@ -14,12 +14,12 @@ from typing import Final
 
 from srd.supervise.become import send_signal
 from srd.supervise.files import Owner
+from srd.supervise.inventory import APPEND_ONLY, MANIFEST, files_in
 from srd.supervise.programs import Program
 from srd.supervise.spawn import Command, spawn
 
-# redis.conf's default names; before 7.0 there was one file and no manifest, and it is left alone.
-_LOG: Final = Path("appendonlydir")
-_MANIFEST: Final = _LOG / "appendonly.aof.manifest"
+# Before redis 7.0 there was one file and no manifest, and it is left alone.
+_MANIFEST: Final = Path(APPEND_ONLY, MANIFEST)
 # It reads as fast as redis itself does. What takes longer is not judged.
 CHECK_SECONDS: Final = 20.0
 
@@ -49,7 +49,7 @@ def clear(data: Path) -> bool:
 
     All of it: a redis that starts with an old RDB file, and one that is believed to have data, would both be wrong.
     """
-    files = [path for path in (data / "dump.rdb", *data.glob(f"{_LOG}/*")) if path.is_file()]
+    files = files_in(data)
     if any(path.stat().st_nlink == 1 for path in files):
         return False
     for path in files:
