@@ -33,6 +33,7 @@ from srd.ha.failover import Failover, silent_since
 from srd.ha.lease import endpoint_of
 from srd.ha.progress import UNKNOWN_EPOCH, Stock, is_ahead, stock_of
 from srd.ha.restart import Census, Death, is_first_boot, known_primary
+from srd.ha.successor import is_heard
 from srd.model import AskPeer, Body, NodeKind, Role, Service, SrdError
 from srd.state import Situation, View
 
@@ -63,9 +64,9 @@ def arranges(s: Situation, death: Death | None) -> bool:
         child = s.view.children.get(Service.REDIS)
         missed = death is None or s.now >= death.at + s.config.sentinel.down_after + REPLACING_SECONDS
         return child is not None and child.pid is None and (missed or _never_answered(death))
-    if is_heard(s, node) or silent_since(s.config, s.view.sentinels, primary, s.now) is None:
+    if is_in_touch(s, node) or silent_since(s.config, s.view.sentinels, primary, s.now) is None:
         return False
-    first = next((other for other in s.config.redis_nodes if other == s.node or is_heard(s, other)), None)
+    first = next((other for other in s.config.redis_nodes if other == s.node or is_in_touch(s, other)), None)
     return first == s.node and _unproven(s.view)
 
 
@@ -82,11 +83,10 @@ def _unproven(view: View) -> bool:
     return redis.priority in (NEVER_PRIORITY, PREFERRED_PRIORITY) and redis.role is Role.REPLICA and not redis.link_up
 
 
-def is_heard(s: Situation, node: Node) -> bool:
+def is_in_touch(s: Situation, node: Node) -> bool:
     """Whether a peer's srd is connected and speaks."""
-    channel, report = s.view.channels.get(node.name), s.view.peers.get(node.name)
-    connected = channel is not None and channel.connected
-    return connected and report is not None and s.now - report.received < HEARD_SECONDS
+    channel = s.view.channels.get(node.name)
+    return channel is not None and channel.connected and is_heard(s, node, HEARD_SECONDS)
 
 
 class ColdStart:
@@ -149,7 +149,7 @@ class ColdStart:
                 log.info("a node does not say what it has", peer=name, why=str(error))
                 return None
 
-        others = [node.name for node in s.config.redis_nodes if node != s.node and is_heard(s, node)]
+        others = [node.name for node in s.config.redis_nodes if node != s.node and is_in_touch(s, node)]
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 own = await self._stock()

@@ -16,10 +16,10 @@ LAG_SECONDS: Final = 1
 REPORT_SECONDS: Final = 2.5
 
 
-def is_heard(s: Situation, node: Node) -> bool:
-    """Return whether the srd of another node has said something lately."""
+def is_heard(s: Situation, node: Node, within: float = REPORT_SECONDS) -> bool:
+    """Return whether the srd of another node has said something within so many seconds."""
     report = s.view.peers.get(node.name)
-    return report is not None and s.now - report.received <= REPORT_SECONDS
+    return report is not None and s.now - report.received <= within
 
 
 def obstacles(s: Situation, successor: Node) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 from support.situations import NOW, OFFSET, WALL, at, primary_situation, replica_redis, replica_situation, with_child
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Node
-from srd.ha.coldstart import STOCK_TOPIC, ColdStart, arranges, is_heard
+from srd.ha.coldstart import STOCK_TOPIC, ColdStart, arranges, is_in_touch
 from srd.ha.failover import Failover
 from srd.ha.progress import UNKNOWN_EPOCH, Progress, Stock, is_ahead, may_exceed, seen, stock_of
 from srd.ha.restart import Census, Death
@@ -206,8 +206,8 @@ def test_a_primary_that_answers_one_sentinel_of_a_majority_is_not_away() -> None
 
 def test_who_has_been_silent_for_long_is_not_heard() -> None:
     s = replica_situation()
-    assert is_heard(s, s.config.node("redis-3"))
-    assert not is_heard(replace(s, now=NOW + 10), s.config.node("redis-3"))
+    assert is_in_touch(s, s.config.node("redis-3"))
+    assert not is_in_touch(replace(s, now=NOW + 10), s.config.node("redis-3"))
 
 
 class Elections:
