@@ -38,7 +38,7 @@ class Custody:
 
     def is_heir(self, node: str, now: float) -> bool:
         """Whether a node was given the lease, and it has not ended."""
-        return node == self.heir and now < self.given_until
+        return self.heir_at(now) == node
 
     def heir_at(self, now: float) -> str | None:
         """Return to whom the lease was given, if it has not ended."""
