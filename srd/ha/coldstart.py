@@ -139,6 +139,12 @@ class ColdStart:
             return  # the sentinels need no help
         await self._failover.replace(former, f"{ahead} has the most data", prefer=ahead)
 
+    async def answer(self, topic: str, body: Body) -> Body:
+        """Answer another node's comparing: what this node has, or how much it has after an end."""
+        if topic == STOCK_TOPIC:
+            return (await self._stock()).body()
+        return {"after": await self._after(str(body.get("end", "")))}
+
     async def _ask_all(self, s: Situation) -> dict[str, Stock]:
         """Return what each redis node has that answers, this one included."""
 

@@ -63,8 +63,7 @@ class Primacy:
 
     `situation` is asked for every judgement, `ask_peer` asks another node's srd, `wake` is called at each event,
     `keep_data` before redis' files may be replaced by another node's. `stock` and `after` say what this node has
-    (ha/coldstart.py). `saved` is the history that an earlier srd has
-    kept, `save` keeps it and blocks.
+    (ha/coldstart.py). `saved` is the history that an earlier srd has kept, `save` keeps it and blocks.
     """
 
     def __init__(
@@ -101,7 +100,6 @@ class Primacy:
         self._watches = [silence]
         self.bodies: list[Callable[[], Coroutine[Any, Any, None]]] = [silence.run, *self._chronicle.bodies]
         self._death: Death | None = None
-        self._stock, self._after = stock, after
         self._cold = ColdStart(
             self.failover,
             situation=situation,
@@ -301,18 +299,16 @@ class Primacy:
         """Do the switchovers that are asked for, one at a time."""
         while True:
             to, by, done = await self._wanted.get()
-            cause = "srd switchover" if to is None else f"srd switchover --to {to}"
-
-            async def switch(
-                to: str | None = to, by: str = by, cause: str = cause, done: asyncio.Future[Switched] = done
-            ) -> None:
-                try:
-                    done.set_result(await switchover.run(to, cause=cause, by=by))
-                except SrdError as error:
-                    done.set_exception(error)
-
-            if (defect := await contained("switchover", switch)) is not None:
+            defect = await contained("switchover", partial(self._switch, switchover, to, by, done))
+            if defect is not None:
                 done.set_exception(SrdError("switch over from", self._node.name, defect))
+
+    async def _switch(self, switchover: Switchover, to: str | None, by: str, done: asyncio.Future[Switched]) -> None:
+        cause = "srd switchover" if to is None else f"srd switchover --to {to}"
+        try:
+            done.set_result(await switchover.run(to, cause=cause, by=by))
+        except SrdError as error:
+            done.set_exception(error)
 
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
         """Answer another node's srd; `RefusedError` says why not. A client's has no say in who is primary."""
@@ -335,13 +331,10 @@ class Primacy:
             self._losses.note(Loss(ChangeKind.OPERATOR, own, boottime(), f"srd was stopped on {peer}", peer))
             return {}
         if topic in (STOCK_TOPIC, AFTER_TOPIC):
-            return (await self._stock()).body() if topic == STOCK_TOPIC else await self._compared(body)
+            return await self._cold.answer(topic, body)
         if topic == HISTORY_TOPIC:
             return self._chronicle.answer(peer, body)
         raise RefusedError("answer", topic, "this srd knows no such question")
-
-    async def _compared(self, body: Body) -> Body:
-        return {"after": await self._after(str(body.get("end", "")))}
 
     def _judge(self) -> None:
         self.observer.judge()
