@@ -236,8 +236,8 @@ class Failover:
         knowing: list[str] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STEERING_SECONDS):
-                while len(knowing) < len(sentinels):
-                    knowing = await _that_know(sentinels, endpoint)
+                # Sentinels announce no priority.
+                while len(knowing := await _that_know(sentinels, endpoint)) < len(sentinels):  # noqa: ASYNC110
                     await asyncio.sleep(HASTE_SECONDS / 4)
         return knowing if knowing or prefer is not None else list(sentinels)
 
