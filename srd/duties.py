@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any, Final
 
 from srd.annals import Annals
@@ -17,7 +16,6 @@ from srd.desired import Start
 from srd.ha import restart
 from srd.ha.primacy import ENDING_SECONDS, LEAVING_SECONDS, Primacy
 from srd.ha.repair import Doctor
-from srd.ha.successor import is_heard
 from srd.ledger import Ledger
 from srd.maintenance import PAUSE_TOPIC, Maintenance
 from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
@@ -294,14 +292,7 @@ class Duties:
             holds_data = runs or await asyncio.to_thread(self._ledger.holds_data)
         except SrdError as error:
             return Start(hold=str(error))  # the sentinel is needed all the same
-        start = self._primacy.start(holds_data=holds_data)
-        if start.primary is None:
-            return start
-        node = self._config.node_at(start.primary.address)
-        report = self._view().peers.get(node.name) if node is not None else None
-        led = node is not None and is_heard(self._situation(), node) and report is not None
-        led = led and report is not None and report.role is Role.PRIMARY
-        return replace(start, keep=self._ledger.may_exceed(start.primary), led=led)
+        return self._ledger.weighed(self._primacy.start(holds_data=holds_data))
 
     def _note_death(self, service: Service) -> None:
         """Remember that redis ended, and as what: a primary that died is not simply started again."""

@@ -15,9 +15,11 @@ import msgspec
 import structlog
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY
+from srd.desired import Start
 from srd.ha.lease import endpoint_of
-from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, may_exceed, seen
-from srd.model import Endpoint, Paths, RefusedError, Role, Service, SrdError
+from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, leading, may_exceed, seen
+from srd.ha.successor import is_heard
+from srd.model import Paths, RefusedError, Role, Service, SrdError
 from srd.state import Child, ChildState, Situation
 from srd.supervise import inventory
 from srd.supervise.files import remove_own, write_private
@@ -79,9 +81,14 @@ class Ledger:
             self._noted = None
         return holds
 
-    def may_exceed(self, primary: Endpoint) -> bool:
-        """Return whether this node may have what that primary has not."""
-        return may_exceed(self._situation(), self._noted, primary)
+    def weighed(self, start: Start) -> Start:
+        """Say of a start as a replica whether this node may have what the primary has not, and whether that leads."""
+        if start.primary is None:
+            return start
+        s = self._situation()
+        report = leading(s, start.primary)
+        led = report is not None and is_heard(s, s.config.node(report.node))
+        return replace(start, keep=may_exceed(s, self._noted, start.primary), led=led)
 
     async def stock(self) -> Stock:
         """Return what this node has: in redis' memory while that knows it, otherwise on its disk."""

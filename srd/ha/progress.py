@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from srd.model import Body, Endpoint, Role, SrdError
-from srd.state import Situation
+from srd.state import PeerReport, Situation
 
 UNKNOWN_EPOCH: Final = -1  # before any: it has never been in step, as far as is known
 # How old a note of the same stream may get. Another epoch or stream is noted at once.
@@ -76,14 +76,20 @@ def seen(s: Situation, former: Progress | None) -> Progress | None:
     return Progress(former.epoch, redis.replid, redis.offset) if known and former is not None else None
 
 
+def leading(s: Situation, primary: Endpoint) -> PeerReport | None:
+    """Return what the srd of a primary's node last said, if it said that its redis is one."""
+    node = s.config.node_at(primary.address)
+    report = s.view.peers.get(node.name) if node is not None else None
+    return report if report is not None and report.role is Role.PRIMARY else None
+
+
 def may_exceed(s: Situation, noted: Progress | None, primary: Endpoint) -> bool:
     """Return whether this node may have what that primary, as it leads now, has not.
 
     Not if it goes on with the stream that this node had: it is heard to lead, no other was elected, and it is further.
     """
-    node = s.config.node_at(primary.address)
-    report = s.view.peers.get(node.name) if node is not None else None
-    if noted is None or report is None or report.role is not Role.PRIMARY or report.offset is None:
+    report = leading(s, primary)
+    if noted is None or report is None or report.offset is None:
         return True
     epoch = max((a.epoch for a in s.view.sentinels.values() if a.primary == primary), default=UNKNOWN_EPOCH)
     return epoch != noted.epoch or report.offset < noted.offset
