@@ -62,6 +62,13 @@ def leads_with_all(cluster: Whole, name: str, count: int) -> None:
     cluster.wait(lambda: cluster.in_step(*(set(cluster.running) & set(cluster.redises))), "the others have it")
 
 
+def one_of_the_others_leads_with_all(cluster: Whole) -> None:
+    leader = cluster.wait_primary("n2", "n3")
+    cluster.wait_whole()
+    assert len(cluster.keys(leader)) == 200
+    cluster.wait(cluster.in_step, "the others have it")
+
+
 @pytest.mark.parametrize(
     ("order", "most"),
     [
@@ -156,10 +163,7 @@ def test_a_primary_that_lost_its_power_for_a_moment_does_not_replace_what_the_ot
     cluster.power_off("n1")
     cut_short(cluster, "n1", 1000)
     cluster.power_on("n1")
-    leader = cluster.wait_primary("n2", "n3")
-    cluster.wait_whole()
-    assert len(cluster.keys(leader)) == 200
-    cluster.wait(cluster.in_step, "the others have it")
+    one_of_the_others_leads_with_all(cluster)
 
 
 def test_a_primary_whose_redis_cannot_load_its_files_is_replaced(cluster: Whole) -> None:
@@ -217,10 +221,7 @@ def test_a_primary_that_dies_without_persistence_empties_nobody(forgetful: Whole
 def test_a_primarys_node_that_is_back_at_once_without_persistence_empties_nobody(forgetful: Whole) -> None:
     forgetful.power_off("n1")
     forgetful.power_on("n1")
-    leader = forgetful.wait_primary("n2", "n3")
-    forgetful.wait_whole()
-    assert len(forgetful.keys(leader)) == 200
-    forgetful.wait(forgetful.in_step, "the others have it")
+    one_of_the_others_leads_with_all(forgetful)
 
 
 def test_that_a_cluster_without_persistence_forgets_everything_is_said_before_and_after(forgetful: Whole) -> None:

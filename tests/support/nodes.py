@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import datetime as dt
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +32,7 @@ from srd.supervise.services import Services
 from srd.systemd import FdStore, Notifier
 from srd.trust.bundle import load_bundle
 from support.clusters import cluster_toml, make_bundles, paths_of
+from support.directories import passable
 from support.patience import retrying
 
 PATIENCE = 20.0
@@ -192,21 +191,19 @@ class Supervised:
 @contextlib.contextmanager
 def world(*, nodes: int = 1, redis_extra: str = "", edit: Callable[[str], str] = str) -> Iterator[list[Member]]:
     """Make the nodes of a cluster; the first one is to be primary, the others follow it. `edit` changes its file."""
-    root = Path(tempfile.mkdtemp(prefix="srd-test-"))
-    root.chmod(0o711)  # the services' users pass through
     members: list[Member] = []
-    try:
-        text = edit(cluster_toml(nodes=nodes, extra=sections(redis_extra)))
-        for name, bundle in make_bundles(root, text).items():
-            node = bundle.config.node(name)
-            first = listen_endpoints(bundle.config, bundle.config.nodes[0], Service.REDIS)[0]
-            start = Start() if not members else Start(primary=first)
-            members.append(Member(bundle.config, node, paths_of(root, name), bundle.secrets, start))
-        yield members
-    finally:
-        for member in members:
-            member.end_leftovers()
-        shutil.rmtree(root)
+    with passable() as root:
+        try:
+            text = edit(cluster_toml(nodes=nodes, extra=sections(redis_extra)))
+            for name, bundle in make_bundles(root, text).items():
+                node = bundle.config.node(name)
+                first = listen_endpoints(bundle.config, bundle.config.nodes[0], Service.REDIS)[0]
+                start = Start() if not members else Start(primary=first)
+                members.append(Member(bundle.config, node, paths_of(root, name), bundle.secrets, start))
+            yield members
+        finally:
+            for member in members:
+                member.end_leftovers()
 
 
 def member_at(root: Path, name: str) -> Member:

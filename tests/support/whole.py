@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +29,7 @@ from srd.model import Paths, Service, SrdError
 from srd.supervise.adopt import REGISTER_NAME, Record, Register, Verdict, look_up
 from srd.trust.bundle import Bundle
 from support.clusters import make_bundles, paths_of
+from support.directories import passable
 from support.namespace import inside, ip, run
 
 PATIENCE_SECONDS = 60.0
@@ -206,17 +206,15 @@ def _end(record: Record) -> None:
 @contextmanager
 def whole(*kinds: str, extra: str = "") -> Iterator[Whole]:
     """Make a cluster whose nodes are off; whatever runs at the end is ended."""
-    root = Path(tempfile.mkdtemp(prefix="srd-test-"))
-    root.chmod(0o711)  # the services' users pass through
-    namespace = root.name
-    run("ip", "netns", "add", namespace)
-    try:
-        ip(namespace, "link", "set", "lo", "up")
-        made = Whole(root, whole_toml(kinds or ("redis",) * 3, extra), namespace)
+    with passable() as root:
+        namespace = root.name
+        run("ip", "netns", "add", namespace)
         try:
-            yield made
+            ip(namespace, "link", "set", "lo", "up")
+            made = Whole(root, whole_toml(kinds or ("redis",) * 3, extra), namespace)
+            try:
+                yield made
+            finally:
+                made.power_off(*made.names)
         finally:
-            made.power_off(*made.names)
-    finally:
-        run("ip", "netns", "del", namespace)
-        shutil.rmtree(root)
+            run("ip", "netns", "del", namespace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import itertools
 import json
@@ -24,7 +25,7 @@ LAST_WORDS: Final = 4000  # characters of a log
 END_SECONDS: Final = 30.0  # redis waits for its replicas, then it saves
 
 
-class Place:
+class Place(abc.ABC):
     """Stations that have addresses, and programs that are started on them and ended with it."""
 
     def __init__(self, root: Path, nodes: Sequence[str]) -> None:
@@ -32,12 +33,12 @@ class Place:
         self.nodes = tuple(nodes)
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def address(self, station: str) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def address(self, station: str) -> str: ...
 
+    @abc.abstractmethod
     def command(self, station: str, *words: str) -> list[str]:
         """Return what runs a command on a station, as the process that is started for it."""
-        raise NotImplementedError
 
     def start(self, name: str, station: str, *words: str, environment: dict[str, str] | None = None) -> int:
         """Start a program; its output is in NAME.log. Return its pid."""

@@ -39,32 +39,27 @@ sentinel auth-pass master password
 sentinel down-after-milliseconds master 5000
 sentinel failover-timeout master 5000
 """
-STUNNEL_CONF: Final = """
+TLS_CONF: Final = """
 foreground = yes
 pid =
-key = {root}/snakeoil.key
-cert = {root}/snakeoil.pem
 sslVersion = TLSv1.2
 options = NO_SSLv2
 options = NO_SSLv3
 socket = l:TCP_NODELAY=1
 socket = r:TCP_NODELAY=1
-[redis]
-accept = {address}:6380
-connect = {address}:6379
 """
-CLIENT_CONF: Final = """
-foreground = yes
-pid =
-sslVersion = TLSv1.2
-options = NO_SSLv2
-options = NO_SSLv3
-socket = l:TCP_NODELAY=1
-socket = r:TCP_NODELAY=1
+STUNNEL_CONF: Final = f"""{TLS_CONF}
+key = {{root}}/snakeoil.key
+cert = {{root}}/snakeoil.pem
+[redis]
+accept = {{address}}:6380
+connect = {{address}}:6379
+"""
+CLIENT_CONF: Final = f"""{TLS_CONF}
 [redis]
 client = yes
 accept = 127.0.0.1:6379
-connect = {balancer}:6379
+connect = {{balancer}}:6379
 """
 HAPROXY_CFG: Final = r"""
 defaults
