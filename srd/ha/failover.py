@@ -127,9 +127,11 @@ class Failover:
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
         self._aligned: Node | None = None
-        # Whom, named in which configuration epoch (it may have become primary anew since), and until when.
+        # Whose place was taken, named in which configuration epoch (it may lead anew since), and until when not again.
         self._tried: tuple[Endpoint, int] | None = None
         self._tried_until = 0.0
+        # By whom was preferred: a comparison knows somebody where the watch, which looks more often, finds nobody.
+        self._refused: dict[str | None, tuple[Endpoint, float]] = {}
 
     def heard(self, event: Event) -> None:
         """Take note of what a sentinel has announced."""
@@ -173,10 +175,12 @@ class Failover:
         config, now = self._fleet.config, boottime()
         endpoint = endpoint_of(config, primary)
         attempt = endpoint, self._epoch(endpoint)
-        if self._busy.locked() or (attempt == self._tried and now < self._tried_until):
+        refused, until = self._refused.get(prefer, (None, 0.0))
+        tried = attempt == self._tried and now < self._tried_until
+        if self._busy.locked() or tried or (refused == endpoint and now < until):
             return
         async with self._busy:
-            self._tried, self._tried_until = attempt, now + UNFIT_SECONDS
+            self._refused[prefer] = endpoint, now + UNFIT_SECONDS
             self._chosen.clear()
             answers = await self._settled(endpoint)
             reason = unfit(config, answers, endpoint)
@@ -191,7 +195,7 @@ class Failover:
                 log.warning("not hurrying the sentinels", primary=primary.name, why=late)
                 return
             # Sentinels that voted without a result try again after twice the failover-timeout, and not before.
-            self._tried_until = now + 2 * config.sentinel.failover_timeout
+            self._tried, self._tried_until = attempt, now + 2 * config.sentinel.failover_timeout
             log.warning("hurrying the sentinels", primary=primary.name, why=why)
             self._hurrying(primary, why)
             await self._hurry(endpoint, candidate)

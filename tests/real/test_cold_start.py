@@ -183,9 +183,12 @@ def test_a_replica_that_begins_anew_because_it_cannot_read_its_files_is_not_take
     cut_short(cluster, "n1", 100)
     log_of(cluster, "n2").write_bytes(bytes(log_of(cluster, "n2").stat().st_size * 2))
     cluster.power_on("n2", "n1")
-    cluster.wait(lambda: "begins_anew" in (cluster.root / "n2.log").read_text() or cluster.primaries(), "n2 tries")
+    said = cluster.root / "n2.log"
+    cluster.wait(lambda: said.read_text().count('"child ended"') > 1 or cluster.primaries(), "n2 tries")
+    assert "begins_anew" not in said.read_text(), "as long as nobody leads it keeps what it has"
     cluster.power_on("n3")
     leads_with_all(cluster, "n3", 200)
+    assert "begins_anew" in said.read_text()
 
 
 def test_a_primary_whose_replicas_died_before_it_is_back_sooner_than_an_election_takes(cluster: Whole) -> None:

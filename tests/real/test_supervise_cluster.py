@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -106,6 +107,7 @@ async def test_a_replica_that_cannot_read_its_append_only_file_begins_anew() -> 
             for node in nodes:
                 await node.all_ready()
             primary, replica = members
+            replica.start = replace(replica.start, led=True)
             await eventually(partial(follows, replica, primary), "replication")
             await primary.ask("SET", "key", "value")
             assert await primary.ask("WAIT", "1", "5000") == 1
