@@ -57,6 +57,7 @@ def own_report(situation: Situation, version: str) -> PeerReport:
         offset=redis.offset if redis is not None else None,
         drained=s.view.drained,
         pause=s.view.pause,
+        replid=redis.replid if redis is not None else "",
     )
 
 

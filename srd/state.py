@@ -133,6 +133,7 @@ class PeerReport:
     offset: int | None = None
     drained: bool = False
     pause: Pause = NO_PAUSE
+    replid: str = ""  # of the stream that `offset` is in
 
 
 @dataclass(frozen=True, slots=True)

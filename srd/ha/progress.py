@@ -92,7 +92,7 @@ def may_exceed(s: Situation, noted: Progress | None, primary: Endpoint) -> bool:
     if noted is None or report is None or report.offset is None:
         return True
     epoch = max((a.epoch for a in s.view.sentinels.values() if a.primary == primary), default=UNKNOWN_EPOCH)
-    return epoch != noted.epoch or report.offset < noted.offset
+    return (epoch, report.replid) != (noted.epoch, noted.replid) or report.offset < noted.offset
 
 
 @dataclass(frozen=True, slots=True)

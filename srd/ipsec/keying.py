@@ -351,6 +351,7 @@ class Keying:
             drained=mine.drained,
             pause_number=mine.pause.number,
             pause_until=mine.pause.until,
+            replid=mine.replid,
         )
 
     def _heard(self, peer: Node, beat: Beat) -> None:
@@ -368,6 +369,7 @@ class Keying:
             offset=beat.offset,
             drained=beat.drained,
             pause=Pause(beat.pause_number, beat.pause_until),
+            replid=beat.replid,
         )
         self._reports = {**self._reports, peer.name: report}
         self._write_reports(self._reports)

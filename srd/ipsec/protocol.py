@@ -39,7 +39,7 @@ from srd.ipsec.sas import Generation, KeyedLeg
 from srd.ipsec.suites import KEY_BYTES, SALT_BYTES, choose
 from srd.model import Body, IpAddress, NodeKind, SrdError, Suite
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 EXPORTER_LABEL: Final = b"EXPORTER-srd-esp"
 SMALLEST_SPI: Final = 0x1000  # RFC 4303 section 2.1 reserves those below 256
 LARGEST_SPI: Final = 0xFFFF_FFFF
@@ -127,6 +127,7 @@ class Beat(Message, frozen=True):
     drained: bool = False
     pause_number: Count = 0
     pause_until: float = 0.0
+    replid: str = ""  # of the stream that `offset` is in
 
 
 class Ask(Message, frozen=True):

@@ -193,7 +193,7 @@ def test_a_replica_that_begins_anew_because_it_cannot_read_its_files_is_not_take
     cluster.wait(cluster.in_step, "the others have it")
     assert "begins_anew" in said.read_text()
     # How often it ended until then is said for two minutes.
-    assert cluster.codes("n2") <= {"ipsec_off", "child_flapping"}
+    cluster.wait(lambda: cluster.codes("n2") <= {"ipsec_off", "child_flapping"}, "n2 is well")
 
 
 def test_a_primary_whose_replicas_died_before_it_is_back_sooner_than_an_election_takes(cluster: Whole) -> None:

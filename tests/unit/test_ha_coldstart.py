@@ -73,6 +73,7 @@ def test_a_note_says_nothing_of_files_that_have_begun_anew(log: str, inode: int)
         (Progress(2, STREAM, 1), Role.PRIMARY, OFFSET, True),
         (Progress(3, STREAM, OFFSET), Role.REPLICA, OFFSET, True),
         (Progress(3, STREAM, OFFSET), Role.PRIMARY, None, True),
+        (Progress(3, OTHER, OFFSET), Role.PRIMARY, OFFSET, True),  # begun anew since, as after a power cut
     ],
 )
 def test_who_follows_a_primary_that_goes_on_with_its_stream_has_nothing_else(
@@ -82,7 +83,7 @@ def test_who_follows_a_primary_that_goes_on_with_its_stream_has_nothing_else(
     may: bool,  # noqa: FBT001 - a table's column
 ) -> None:
     s = replica_situation()
-    peers = {**s.view.peers, "redis-2": replace(s.view.peers["redis-2"], role=role, offset=offset)}
+    peers = {**s.view.peers, "redis-2": replace(s.view.peers["redis-2"], role=role, offset=offset, replid=STREAM)}
     assert may_exceed(replace(s, view=replace(s.view, peers=peers)), noted, at(2)) is may
 
 

@@ -153,7 +153,18 @@ ALL: list[Message] = [
     Committed(1),
     Done(1),
     Beat("0", initialized=False, role="replica", healthy=True, offset=None, wants_keys=False),
-    Beat("0", True, "primary", True, 7, True, drained=True, pause_number=1_700_000_000, pause_until=1_700_003_600.5),
+    Beat(
+        "0",
+        True,
+        "primary",
+        True,
+        7,
+        True,
+        drained=True,
+        pause_number=1_700_000_000,
+        pause_until=1_700_003_600.5,
+        replid="a" * 40,
+    ),
 ]
 
 
