@@ -183,6 +183,7 @@ class Observer:
         if seen is not None and self.redis is not None:
             if self._torn.is_due(seen, self._clock()):
                 await self.redis.rewrite_log()
+                self._torn.told(self._clock())
                 log.info("redis writes its append-only file anew", why="it could not write to it for a time")
             await self._keep_priority(self.redis, seen)
 

@@ -29,7 +29,10 @@ class Torn:
         self._told: float | None = None  # when it was last told to write it anew, in CLOCK_BOOTTIME seconds
 
     def is_due(self, redis: Redis, now: float) -> bool:
-        """Return whether redis is to be told now to write its file anew; to be asked at each look at it."""
+        """Return whether redis is to be told now to write its file anew; to be asked at each look at it.
+
+        It is due until `told` is called, and again when what was told has failed.
+        """
         if redis.unsaved == LOG_FILE:
             self._run_id, self._told = redis.run_id, None
             return False
@@ -39,7 +42,9 @@ class Torn:
             if redis.rewritten:
                 self._run_id = None
                 return False
-            if now - self._told < RETRY_SECONDS:
-                return False
-        self._told = now
+            return now - self._told >= RETRY_SECONDS
         return True
+
+    def told(self, now: float) -> None:
+        """Take note that redis has taken the command."""
+        self._told = now

@@ -19,7 +19,13 @@ FAILED = replace(SOUND, rewritten=False)
 def looks(*seen: Redis, seconds: float = 0.5) -> list[bool]:
     """Return at which of these looks, so far apart, it is due."""
     torn = Torn()
-    return [torn.is_due(one, NOW + number * seconds) for number, one in enumerate(seen)]
+    due: list[bool] = []
+    for number, one in enumerate(seen):
+        now = NOW + number * seconds
+        due.append(torn.is_due(one, now))
+        if due[-1]:
+            torn.told(now)
+    return due
 
 
 def test_a_file_that_was_always_written_to_is_left_alone() -> None:
@@ -42,6 +48,13 @@ def test_a_rewrite_that_is_under_way_already_began_before() -> None:
 def test_what_failed_is_tried_again_but_not_at_once() -> None:
     assert looks(FULL, SOUND, FAILED, FAILED) == [False, True, False, False]
     assert looks(FULL, SOUND, FAILED, FAILED, seconds=RETRY_SECONDS) == [False, True, True, True]
+
+
+def test_what_redis_did_not_take_is_told_again_at_the_next_look() -> None:
+    torn = Torn()
+    assert not torn.is_due(FULL, NOW)
+    assert torn.is_due(SOUND, NOW + 1)
+    assert torn.is_due(SOUND, NOW + 2), "that the last rewrite succeeded says nothing of one that was never begun"
 
 
 def test_a_redis_that_was_started_since_has_read_its_file() -> None:
