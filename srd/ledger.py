@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -46,6 +47,8 @@ class Ledger:
         self._noted = self._load()
         self._noted_at = float("-inf")
         self._has_loaded = False  # redis, since this srd runs
+        # One of its own: questions are given up and asked again, and a disk that hangs would keep each one's thread.
+        self._thread = ThreadPoolExecutor(1, "ledger")
 
     def _load(self) -> Progress | None:
         try:
@@ -65,9 +68,9 @@ class Ledger:
             return
         if now.continues(known) and s.now - self._noted_at < NOTE_SECONDS:
             return
-        files = await asyncio.to_thread(self._look)
+        files = await self._apart(self._look)
         now = replace(now, log=files.log, inode=files.inode, size=files.size)
-        await asyncio.to_thread(write_private, self._path, msgspec.json.encode(now))
+        await self._apart(lambda: write_private(self._path, msgspec.json.encode(now)))
         self._noted, self._noted_at = now, s.now
 
     def holds_data(self) -> bool:
@@ -92,7 +95,7 @@ class Ledger:
 
     async def stock(self) -> Stock:
         """Return what this node has: in redis' memory while that knows it, otherwise on its disk."""
-        files = await asyncio.to_thread(self._look)
+        files = await self._apart(self._look)
         s = self._situation()
         redis, child = s.view.redis, s.view.children.get(Service.REDIS)
         if redis is None and child is not None and child.pid is not None:
@@ -121,7 +124,11 @@ class Ledger:
             wanted = bytes.fromhex(end)[-inventory.END_BYTES :]
         except ValueError:
             raise RefusedError("compare", "an end", "it is not hexadecimal") from None
-        return await asyncio.to_thread(self._as_redis, lambda: inventory.bytes_after(self._directory, wanted))
+        return await self._apart(lambda: self._as_redis(lambda: inventory.bytes_after(self._directory, wanted)))
+
+    async def _apart(self, act: Callable[[], T]) -> T:
+        """Do what blocks, after what was asked for before."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, act)
 
     def _fails(self, s: Situation, child: Child | None) -> bool:
         """Whether redis cannot be counted on: it cannot be started, has not loaded, or ends again and again."""
