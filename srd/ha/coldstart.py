@@ -124,6 +124,7 @@ class ColdStart:
         stocks = await self._ask_all(s)
         s = self._situation()
         if not arranges(s, self._died()):
+            self._since = self.census = None
             return
         self.census = await self._judge(s, stocks)
         if self.census != self._said:

@@ -132,6 +132,7 @@ class Failover:
         self._tried_until = 0.0
         # By whom was preferred: a comparison knows somebody where the watch, which looks more often, finds nobody.
         self._refused: dict[str | None, tuple[Endpoint, float]] = {}
+        self._said: tuple[Endpoint, str] | None = None
 
     def heard(self, event: Event) -> None:
         """Take note of what a sentinel has announced."""
@@ -169,11 +170,12 @@ class Failover:
         `prefer` is the node that they are to elect, where that is known; otherwise it is the replica with most. During
         a pause it is left to them, who know of no pause.
         """
-        if self._situation().paused:
-            log.warning("leaving it to the sentinels", primary=primary.name, why="srd is paused")
-            return
-        config, now = self._fleet.config, boottime()
+        config = self._fleet.config
         endpoint = endpoint_of(config, primary)
+        if self._situation().paused:
+            self._say_once("leaving it to the sentinels", endpoint, "srd is paused")
+            return
+        now = boottime()
         attempt = endpoint, self._epoch(endpoint)
         refused, until = self._refused.get(prefer, (None, 0.0))
         tried = attempt == self._tried and now < self._tried_until
@@ -185,15 +187,16 @@ class Failover:
             answers = await self._settled(endpoint)
             reason = unfit(config, answers, endpoint)
             if reason is not None:
-                log.warning("leaving it to the sentinels", primary=primary.name, why=reason)
+                self._say_once("leaving it to the sentinels", endpoint, reason)
                 return
             naming = [name for name, answer in answers.items() if _names(answer, endpoint)]
             candidate = next((name for name in await self._steer(primary, prefer) if name in naming), None)
             # Asked once more: hurried after a choice, they would judge the one that they have chosen by that.
             late = "none knows whom to choose" if candidate is None else unfit(config, await self._ask(), endpoint)
             if candidate is None or late is not None:
-                log.warning("not hurrying the sentinels", primary=primary.name, why=late)
+                self._say_once("not hurrying the sentinels", endpoint, str(late))
                 return
+            self._said = None
             # Sentinels that voted without a result try again after twice the failover-timeout, and not before.
             self._tried, self._tried_until = attempt, now + 2 * config.sentinel.failover_timeout
             log.warning("hurrying the sentinels", primary=primary.name, why=why)
@@ -204,6 +207,12 @@ class Failover:
         """Return the configuration epoch in which a majority names this primary, 0 while none does."""
         lease = self._situation().view.lease
         return lease.epoch if lease is not None and lease.primary == primary else 0
+
+    def _say_once(self, event: str, primary: Endpoint, why: str) -> None:
+        """Log why a primary is not replaced from here, unless that was said last: it is looked at each second."""
+        if self._said != (primary, why):
+            self._said = primary, why
+            log.warning(event, primary=str(primary), why=why)
 
     async def _ask(self) -> Mapping[str, SentinelAnswer]:
         return await on_all(self._talking(self._fleet.sentinels), lambda sentinel: sentinel.ask(STEP_SECONDS))
@@ -227,8 +236,7 @@ class Failover:
         if best is None:
             said = await on_all(others, lambda redis: redis.observe(STEP_SECONDS))
             if said and all(redis.priority == NEVER_PRIORITY for redis in said.values()):
-                log.info("nobody is to be promoted", primary=primary.name)  # ha/coldstart.py
-                return []
+                return []  # nobody is to be promoted unless it is known to have most (ha/coldstart.py)
             best = most_advanced(said)
             if best is None:
                 return list(sentinels)
