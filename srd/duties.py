@@ -14,7 +14,7 @@ from srd.cluster import NEVER_PRIORITY, Config, Node
 from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
-from srd.ha.primacy import ENDING_SECONDS, LEAVING_SECONDS, Primacy
+from srd.ha.primacy import LONGEST_LEAVE_SECONDS, Primacy
 from srd.ha.repair import Doctor
 from srd.ledger import Ledger
 from srd.maintenance import PAUSE_TOPIC, Maintenance
@@ -255,7 +255,7 @@ class Duties:
     @property
     def longest_stop(self) -> float:
         """How many seconds `stop` may take."""
-        return LEAVING_SECONDS + ENDING_SECONDS + self._services.longest_stop
+        return LONGEST_LEAVE_SECONDS + self._services.longest_stop
 
     def release(self) -> None:
         """Let go of the children without ending them."""

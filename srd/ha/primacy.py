@@ -32,7 +32,7 @@ from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, Promotion
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.restart import Death
-from srd.ha.switchover import Switched, Switchover
+from srd.ha.switchover import FINISHING_SECONDS, Switched, Switchover
 from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, Service, SrdError
 from srd.reconcile import Loop, boottime, contained
 from srd.state import Situation, Store
@@ -54,6 +54,8 @@ ENDING_SECONDS: Final = 0.5
 SWITCHOVER_SECONDS: Final = 30.0
 # For a node that stops: the manager waits for it, and the others replace a primary that stops as one that has died.
 LEAVING_SECONDS: Final = 10.0
+# With a switchover that hangs just then, and what the other nodes are told.
+LONGEST_LEAVE_SECONDS: Final = LEAVING_SECONDS + FINISHING_SECONDS + ENDING_SECONDS
 # Of what another srd says of who has asked it.
 MOST_TOLD: Final = 100
 

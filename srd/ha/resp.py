@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -43,6 +44,10 @@ class UnreachableError(RespError, NoAnswerError):
     """Nobody answers there, or not in time."""
 
 
+class NobodyThereError(UnreachableError):
+    """The connection was refused: whatever was asked for was not even heard."""
+
+
 class RefusedError(RespError):
     """It answers, but does not take our password or does not allow the command."""
 
@@ -72,19 +77,21 @@ def _translated(subject: str) -> Iterator[None]:
     except (TimeoutError, resp.TimeoutError):
         raise UnreachableError(operation, subject, "no answer in time") from None
     except (OSError, resp.ConnectionError) as error:
-        raise UnreachableError(operation, subject, _system_reason(error)) from None
+        number = _system_error(error)
+        kind = NobodyThereError if number == errno.ECONNREFUSED else UnreachableError
+        raise kind(operation, subject, os.strerror(number).lower() if number is not None else str(error)) from None
     except resp.RedisError as error:
         raise UnexpectedReplyError(operation, subject, str(error)) from None
 
 
-def _system_reason(error: BaseException) -> str:
-    """Return the system's own words where there are any below redis-py's."""
+def _system_error(error: BaseException) -> int | None:
+    """Return the system's own error where there is one below redis-py's."""
     below: BaseException | None = error
     while below is not None:
         if isinstance(below, OSError) and below.errno is not None:
-            return os.strerror(below.errno).lower()
+            return below.errno
         below = below.__cause__ or below.__context__
-    return str(error)
+    return None
 
 
 class Credentials(CredentialProvider):

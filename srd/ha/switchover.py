@@ -42,7 +42,7 @@ from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.promotion import REIGN_TOPIC
 from srd.ha.redis import RedisClient
-from srd.ha.resp import RespError, UnexpectedReplyError
+from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
 from srd.ha.successor import choose, obstacles
 from srd.model import AskPeer, RefusedError, Role, SrdError
@@ -61,6 +61,8 @@ PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
 # For a redis that hangs to be primary again; by then the sentinels have voted for another one.
 RETURN_SECONDS: Final = 10.0
+# What of it is done to its end, whatever happens: two demands on a redis that hangs, its return, and seven more steps.
+FINISHING_SECONDS: Final = RETURN_SECONDS + 9 * STEP_SECONDS
 # The sentinel's own steps, 0.3 s, and the second until its INFO.
 NAMING_SECONDS: Final = 8.0
 
@@ -208,7 +210,7 @@ class Switchover:
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
             await _quietly(old.resume(STEP_SECONDS))
-            await _make_epoch(sentinels)
+            await make_epoch(sentinels)
             return gap
 
         # Half of it is no primary at all.
@@ -290,7 +292,7 @@ async def _prefer_no_more(successor: Node, new: RedisClient) -> None:
         await new.keep_priority(successor.priority, STEP_SECONDS)
 
 
-async def _make_epoch(sentinels: Sequence[SentinelClient]) -> None:
+async def make_epoch(sentinels: Sequence[SentinelClient]) -> None:
     """Have one sentinel make the epoch in which the successor is named."""
     for one in sentinels:
         try:
@@ -298,7 +300,7 @@ async def _make_epoch(sentinels: Sequence[SentinelClient]) -> None:
         except RespError as error:
             log.warning("a sentinel refuses", sentinel=one.node, error=str(error))
             # One that did not answer may have begun, and one that says so has: two that do it make one epoch twice.
-            if not isinstance(error, UnexpectedReplyError) or "INPROG" in str(error):
+            if not isinstance(error, (UnexpectedReplyError, NobodyThereError)) or "INPROG" in str(error):
                 return
         else:
             return

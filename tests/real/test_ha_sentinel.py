@@ -29,6 +29,7 @@ from srd.ha.resp import (
 )
 from srd.ha.sentinel import PACE, SUBSCRIBED, SentinelClient
 from srd.ha.strays import DOWN_AFTER_SECONDS
+from srd.ha.switchover import make_epoch
 from srd.model import Body, Endpoint, Role, SrdError
 from srd.reconcile import boottime
 from srd.state import Store, View
@@ -65,6 +66,25 @@ async def test_what_redis_and_sentinel_say_is_observed_as_it_is(cluster: Cluster
     assert before <= answer.asked <= boottime()
     assert (answer.node, answer.primary, answer.epoch, answer.tilt) == ("n3", cluster.endpoint("n1"), 0, False)
     assert (answer.known_sentinels, answer.known_replicas, answer.flags) == (2, 2, frozenset({"master"}))
+
+
+async def test_a_sentinel_that_is_not_there_is_passed_over_for_the_next_one(cluster: Cluster) -> None:
+    await whole(cluster)
+    async with sentinel_client(cluster, "n1") as gone, sentinel_client(cluster, "n2") as asked:
+
+        async def is_gone() -> bool:
+            with contextlib.suppress(RespError):
+                await gone.ask()
+                return False
+            return True
+
+        async def names_another() -> bool:
+            return (await asked.ask()).primary != cluster.endpoint("n1")
+
+        cluster.send("sentinel-n1", signal.SIGKILL)
+        await until(is_gone)
+        await make_epoch([gone, asked])
+        await until(names_another)
 
 
 async def test_errors_say_what_is_wrong_and_no_password(cluster: Cluster) -> None:
