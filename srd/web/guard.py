@@ -43,6 +43,9 @@ _BUSY: Final = (
 # Closing at once resets the connection when the request is on its way, and the client may never see the 503.
 _LINGER_SECONDS: Final = 1.0
 _MAX_LINGERING: Final = 64
+# A balancer that has just connected sends its check within a round trip; a machine under load may take its time.
+_HEARING_SECONDS: Final = 0.5
+_LOOK_SECONDS: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,11 @@ class GuardedConnection(RequestHandler):
             if self._half_closed and self._answered == self._request_count:
                 self.close()
 
+    @property
+    def heard(self) -> bool:
+        """Whether it has asked for something, and been answered all of it."""
+        return 0 < self._request_count == self._answered
+
     def request_read(self) -> None:
         """Give the client its time to read the answer and to send another request."""
         self._arm(self._timeouts.idle)
@@ -235,9 +243,19 @@ class GuardedServer(web.Server):
         self._timeouts = timeouts
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as aiohttp has it
-        """End every connection: let the answers under way be sent within `timeout` seconds."""
+        """End every connection: let the answers under way be sent within `timeout` seconds.
+
+        Who has just connected may ask first, and not find the connection closed: a balancer would count that as a
+        failed check.
+        """
         for transport in tuple(self._gate.lingering):
             transport.abort()
+        deadline = asyncio.get_running_loop().time() + _HEARING_SECONDS
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)  # at least once: what was accepted last is no connection before that
+            heard = all(conn.heard for conn in self.connections if isinstance(conn, GuardedConnection))
+            if heard or asyncio.get_running_loop().time() >= deadline:
+                break
         self.pre_shutdown()
         await super().shutdown(timeout)
 

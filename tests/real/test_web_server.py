@@ -402,3 +402,17 @@ async def test_stopping_frees_the_port_and_ends_connections() -> None:
     writer.close()
     with pytest.raises(ConnectionRefusedError):
         await connect(port)
+
+
+async def test_who_connected_before_a_stop_is_answered_and_who_says_nothing_does_not_hold_it_up() -> None:
+    async with serving(primary_situation()) as (server, port):
+        balancer, (_, silent) = await connect(port), await connect(port)
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.sleep(0)  # it has begun
+        reader, writer = balancer
+        writer.write(b"GET /primary HTTP/1.0\r\n\r\n")
+        async with asyncio.timeout(PATIENCE):
+            assert parsed(await reader.read())[0] == 200
+            await stopping
+        for each in (writer, silent):
+            each.close()
