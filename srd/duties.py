@@ -24,8 +24,6 @@ from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.setback import Setback
 from srd.state import ChildState, Situation, Store, View, services_of
 from srd.supervise.disks import Disks
-from srd.supervise.probe import probe_tls
-from srd.supervise.programs import listen_endpoints
 from srd.supervise.services import Services
 from srd.systemd import FdStore
 
@@ -72,7 +70,7 @@ class Duties:
         ask_peer: AskPeer,
         begin_anew: Callable[[], None],
     ) -> None:
-        self._config, self._node, self._paths = config, node, paths
+        self._config, self._node = config, node
         self._situation = situation
         self._store, self._view = store, store.view
         annals = Annals(paths, config.cluster)
@@ -268,7 +266,7 @@ class Duties:
         await self._services.keep_data()
 
     def _probes(self) -> dict[Service, Probe]:
-        """Return how each service is asked whether it does its job; only ha/ speaks to redis and sentinel."""
+        """Return how redis and sentinel are asked whether they do their jobs; only ha/ speaks to them."""
         probes: dict[Service, Probe] = {}
         observer = self._primacy.observer
         redis = observer.redis
@@ -277,11 +275,6 @@ class Duties:
         own = observer.sentinels.get(self._node.name)
         if own is not None:
             probes[Service.SENTINEL] = own.known
-        probes[Service.STUNNEL] = lambda: probe_tls(
-            listen_endpoints(self._config, self._node, Service.STUNNEL),
-            self._paths.bundle_file("tls.crt"),
-            self._paths.bundle_file("ca.crt"),
-        )
         return probes
 
     async def _start_of_redis(self) -> Start:

@@ -20,6 +20,7 @@ from srd.supervise import kept, programs, render
 from srd.supervise.adopt import FOLLOWS_NAME, Register, argv_hash, record_of
 from srd.supervise.become import send_signal
 from srd.supervise.files import Owner, make_service_directory, write_private
+from srd.supervise.probe import Shown
 from srd.supervise.running import Running
 from srd.supervise.spawn import Command, Started, spawn
 from srd.supervise.unreadable import clear, is_unreadable
@@ -45,6 +46,7 @@ class Launcher:
         self._register = register
         self._tls_sockets = tls_sockets
         self._last_redis = float("-inf")  # when redis was last started, in CLOCK_BOOTTIME seconds
+        self._shown: Shown | None = None  # what stunnel was last given, once that is known
 
     def adopt(self, config: Config) -> None:
         """Render the next files by a changed cluster.toml."""
@@ -59,6 +61,18 @@ class Launcher:
             return given != owner.do(lambda: [(directory / name).read_bytes() for name in TLS_FILES])
         except (OSError, SrdError):
             return True  # the next start says what is wrong with which file
+
+    def shown_tls(self) -> Shown:
+        """Return what stunnel was last given to show, be it by an earlier srd; `SrdError` if that is gone."""
+        if self._shown is None:
+            directory = self._paths.service_dir(Service.STUNNEL)
+            owner = programs.owner_of(self._config, Service.STUNNEL)
+            try:
+                files = owner.do(lambda: [(directory / name).read_bytes() for name in ("tls.crt", "ca.crt")])
+            except OSError as error:
+                raise SrdError("read", str(directory), error.strerror or str(error), "srd restart stunnel") from error
+            self._shown = Shown(*(content.decode("ascii", "replace") for content in files))
+        return self._shown
 
     def argv(self, service: Service) -> tuple[str, ...]:
         """Return the argument vector that the service is started with. No secret is ever in it."""
@@ -169,6 +183,7 @@ class Launcher:
         """Give stunnel the bundle's certificate, key and authority."""
         owner = programs.owner_of(self._config, Service.STUNNEL)
         directory = self._paths.service_dir(Service.STUNNEL)
+        given = {}
         for name in TLS_FILES:
             source = self._paths.bundle_file(name)
             try:
@@ -177,6 +192,8 @@ class Launcher:
                 remedy = "it is part of the node's bundle"
                 raise SrdError("read", str(source), error.strerror or str(error), remedy) from error
             write_private(directory / name, content, owner)
+            given[name] = content.decode("ascii", "replace")
+        self._shown = Shown(given["tls.crt"], given["ca.crt"])
 
     def _write_stunnel(self, owner: Owner, _start: Start) -> None:
         self.write_tls()

@@ -1,4 +1,7 @@
-"""Whether stunnel does its job: a TLS handshake as a client makes it, which ends with the configured certificate."""
+"""Whether stunnel does its job: a TLS handshake as a client makes it, with the certificate that stunnel was given.
+
+Not with the one in the bundle: between a new bundle and the reload that takes it in, stunnel serves as well as before.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import asyncio
 import contextlib
 import errno
 import ssl
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Final
 
 from srd.model import Endpoint, NoAnswerError, SrdError
@@ -17,31 +20,40 @@ _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _END: Final = "-----END CERTIFICATE-----"
 
 
-async def probe_tls(endpoints: tuple[Endpoint, ...], certificate: Path, authority: Path) -> None:
-    """Make a TLS handshake with each endpoint; `SrdError` unless each serves `certificate`, valid under `authority`.
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What stunnel was given to show to clients: its certificate's file and the authority's, as text."""
+
+    certificate: str
+    authority: str
+
+
+async def probe_tls(endpoints: tuple[Endpoint, ...], shown: Shown) -> None:
+    """Make a TLS handshake with each endpoint; `SrdError` unless each serves the certificate, valid by the authority.
 
     The caller bounds the time.
     """
-    context, expected = await asyncio.to_thread(_material, certificate, authority)
+    context, expected = _material(shown)
     for endpoint in endpoints:
         if await _served(endpoint, context) != expected:
-            reason = f"it serves another certificate than {certificate}"
-            raise SrdError(_OPERATION, str(endpoint), reason, "restart stunnel")
+            reason = "it serves another certificate than it was given"
+            raise SrdError(_OPERATION, str(endpoint), reason, "srd restart stunnel")
 
 
-def _material(certificate: Path, authority: Path) -> tuple[ssl.SSLContext, bytes]:
-    """Read whom to trust, and the certificate that ought to be served (the first in its file). Blocks."""
+def _material(shown: Shown) -> tuple[ssl.SSLContext, bytes]:
+    """Return whom to trust, and the certificate that ought to be served (the first in its file)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # The certificate is compared as a whole, so which names it holds does not matter here.
     context.check_hostname = False
     try:
-        context.load_verify_locations(cafile=authority)
-        text = certificate.read_text(encoding="ascii")
+        context.load_verify_locations(cadata=shown.authority)
+    except (ssl.SSLError, ValueError) as error:
+        raise SrdError("read", "stunnel's ca.crt", str(error)) from error
+    text = shown.certificate
+    try:
         return context, ssl.PEM_cert_to_DER_cert(text[text.index(_BEGIN) : text.index(_END) + len(_END)])
-    except OSError as error:  # ssl.SSLError is one
-        raise SrdError("read", f"{certificate} and {authority}", str(error)) from error
     except ValueError as error:
-        raise SrdError("read", str(certificate), "it is not a certificate in PEM") from error
+        raise SrdError("read", "stunnel's tls.crt", "it is not a certificate in PEM") from error
 
 
 async def _served(endpoint: Endpoint, context: ssl.SSLContext) -> bytes | None:

@@ -36,7 +36,9 @@ from srd.supervise.adopt import (
 from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory, remove_own, write_private
 from srd.supervise.launch import Launcher
 from srd.supervise.machine import RUNNING
+from srd.supervise.probe import probe_tls
 from srd.supervise.process import Process
+from srd.supervise.programs import listen_endpoints
 from srd.supervise.running import Running, Timing, pidfd_name
 from srd.systemd import FdStore
 
@@ -51,7 +53,10 @@ SENTINEL_GRACE_SECONDS: Final = 5.0
 
 
 class Services:
-    """The children of a node. `reconcile` makes one pass, `run` keeps asking whether they do their jobs."""
+    """The children of a node. `reconcile` makes one pass, `run` keeps asking whether they do their jobs.
+
+    `probes` asks redis and sentinel, whose language is not spoken here.
+    """
 
     def __init__(
         self,
@@ -96,7 +101,7 @@ class Services:
         self._processes = {
             service: Process(
                 service,
-                probe=probes[service],
+                probe=probes.get(service, self._probe_stunnel),
                 changed=self._changed,
                 died=partial(died, service),
                 timing=self._timing,
@@ -139,6 +144,10 @@ class Services:
         await asyncio.to_thread(self._launcher.write_tls)
         await stunnel.hang_up()
         log.info("stunnel has taken a new certificate in")
+
+    async def _probe_stunnel(self) -> None:
+        endpoints = listen_endpoints(self._config, self._node, Service.STUNNEL)
+        await probe_tls(endpoints, await asyncio.to_thread(self._launcher.shown_tls))
 
     async def run(self) -> None:
         """Probe the children until cancelled; they live on."""

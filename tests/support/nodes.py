@@ -25,7 +25,6 @@ from srd.model import NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import Loop, boottime, until_first
 from srd.state import ChildState, Situation, Store, View
 from srd.supervise.adopt import REGISTER_NAME, Register, Verdict, look_up
-from srd.supervise.probe import probe_tls
 from srd.supervise.programs import listen_endpoints
 from srd.supervise.running import Timing
 from srd.supervise.services import Services
@@ -97,11 +96,7 @@ class Member:
             finally:
                 await client.close()
 
-        async def tls() -> None:
-            endpoints = listen_endpoints(self.config, self.node, Service.STUNNEL)
-            await probe_tls(endpoints, self.paths.config_dir / "tls.crt", self.paths.config_dir / "ca.crt")
-
-        return tls if service is Service.STUNNEL else resp
+        return resp
 
     def supervisor(
         self,
@@ -117,7 +112,7 @@ class Member:
             secrets=self.secrets,
             store=store,
             start=self.start_of_redis,
-            probes={service: self.probe(service) for service in Service},
+            probes={service: self.probe(service) for service in (Service.REDIS, Service.SENTINEL)},
             situation=lambda: Situation(self.config, self.node, store.view(), boottime()),
             joined=lambda: has_joined(self.node, store.view()),
             died=self.deaths.append,
