@@ -7,8 +7,6 @@ neither addresses nor peers, and no valid certificate: an expired one keeps srd 
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import Final
 
 import structlog
 
@@ -25,8 +23,6 @@ from srd.trust.bundle import load_member
 
 log = structlog.get_logger(__name__)
 
-LAST_GOOD_NAME: Final = "cluster.toml"
-
 
 def remember(paths: Paths) -> None:
     """Keep the cluster.toml that srd runs by, for a boot at which the operator's is wrong. Blocks; never raises.
@@ -36,14 +32,9 @@ def remember(paths: Paths) -> None:
     try:
         text = paths.cluster_file.read_bytes()
         parse_config(text.decode(), str(paths.cluster_file))
-        write_private(last_good(paths), text)
+        write_private(paths.last_good_file, text)
     except (OSError, UnicodeDecodeError, SrdError) as error:
         log.warning("cluster.toml is not kept for the next boot", reason=str(error))
-
-
-def last_good(paths: Paths) -> Path:
-    """Return where the cluster.toml of the last start is."""
-    return paths.state_dir / LAST_GOOD_NAME
 
 
 async def close(paths: Paths) -> str:
@@ -73,6 +64,6 @@ def _member(paths: Paths) -> tuple[Config, Node, str]:
         return *load_member(paths, paths.cluster_file), ""
     except SrdError as error:
         try:
-            return *load_member(paths, last_good(paths)), f", by the cluster.toml of the last start: {error}"
+            return *load_member(paths, paths.last_good_file), f", by the cluster.toml of the last start: {error}"
         except SrdError:
             raise error from None

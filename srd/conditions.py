@@ -49,6 +49,7 @@ class Code(enum.StrEnum):
     WRITES_REFUSED = "writes_refused"
     REPLICA_LINK_DOWN = "replica_link_down"
     CERTIFICATE_EXPIRING = "certificate_expiring"
+    BUNDLE_CHANGED = "bundle_changed"
     DRAINED = "drained"
     PAUSED = "paused"
 
@@ -214,6 +215,9 @@ def _replication_conditions(s: Situation) -> list[Condition]:
 
 def _maintenance_conditions(s: Situation) -> list[Condition]:
     found = []
+    if s.view.unread:
+        text = f"{', '.join(s.view.unread)}: not what srd runs by; srd reload takes it in, or says why not"
+        found.append(Condition(Code.BUNDLE_CHANGED, Severity.WARNING, s.node.name, text))
     if s.view.drained:
         text = "no balancer leads anybody new to it, and it is not chosen as primary; srd undrain ends that"
         if s.view.redis is not None and s.view.redis.role is Role.PRIMARY:

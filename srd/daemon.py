@@ -49,7 +49,7 @@ from srd.supervise.files import TRAVERSABLE_DIRECTORY, make_own_directory
 from srd.supervise.orphans import collect_orphans
 from srd.systemd import FdStore, Notifier, handed_over, own_unit, starting_again
 from srd.trust.authority import identify
-from srd.trust.bundle import load_bundle
+from srd.trust.bundle import FILES, digests, load_bundle
 from srd.web import agent, health
 from srd.web.agent import AgentServer
 from srd.web.app import BACKLOG, LIVENESS_SECONDS, WebServer
@@ -66,6 +66,7 @@ STATUS_SECONDS: Final = 2.0
 KNOWING_SECONDS: Final = 4.0
 KNOWING_LIMIT_SECONDS: Final = 6.0  # with the first look at the children before that
 CLIENTS_RESYNC_SECONDS: Final = 60.0
+BUNDLE_RESYNC_SECONDS: Final = 60.0  # longer than it takes to copy files and to reload them
 # Between the wish to keep the children and the stop that follows; a stop at any other time is not meant by it.
 KEEP_SECONDS: Final = 15.0
 ANSWERED_SECONDS: Final = 0.2  # until whoever asked for a new srd has been told that there will be one
@@ -113,6 +114,7 @@ class Daemon:
         self._store = Store(boottime())
         self._write_certificates = self._store.writer("certificates")
         self._write_certificates(bundle.not_after)
+        self._write_unread = self._store.writer("unread")
         self._duties: Duties | None = None
         if bundle.secrets is not None:
             self._duties = Duties(
@@ -196,6 +198,7 @@ class Daemon:
                 self._until_stopped,
                 partial(self._reload_on_hangup, keying),
                 self._clients_loop(keying).run,
+                Loop("bundle", self._compare_bundle, resync=BUNDLE_RESYNC_SECONDS, timeout=PASS_SECONDS).run,
             ]
             if os.getpid() == 1:
                 bodies.append(collect_orphans)
@@ -281,22 +284,31 @@ class Daemon:
             await contained("reload", partial(self._reload, keying))
 
     async def _reload(self, keying: Keying) -> dict[str, Any]:
-        """Take a changed bundle in: all of it, or none and `SrdError` says why."""
+        """Take a changed bundle in: all of it, or none and `SrdError` says why.
+
+        But that stunnel does not serve a new certificate is only known after it was given it.
+        """
         async with self._changing:
             bundle = await asyncio.to_thread(load_bundle, self._paths, dt.datetime.now(dt.UTC))
             check_change(self._bundle, bundle, self._node, self._paths)
             old, new = self._config, self._roster.extend(bundle.config, time.time())
             await asyncio.to_thread(try_sockets, new, self._node)  # what may be refused, before anything is changed
             distrusted = await self._forget(await self._adopt(keying, new, bundle.credentials))
-            if self._duties is not None:
-                await self._duties.adopt(new)
             ends, self._bundle = self._bundle.not_after, bundle
             self._write_certificates(bundle.not_after)
             await asyncio.to_thread(closing.remember, self._paths)
+            await self._compare_bundle()
+            if self._duties is not None:
+                await self._duties.adopt(new)
             renewed = sorted(name for name, end in bundle.not_after.items() if ends.get(name) != end)
             done = {**differences(old, new), "revoked": distrusted, "renewed": renewed}
             log.info("reloaded", **done)
             return done
+
+    async def _compare_bundle(self) -> None:
+        """See whether the bundle on disk is still the one that this srd runs by."""
+        now, read = await asyncio.to_thread(digests, self._paths), self._bundle.digests
+        self._write_unread(tuple(name for name in FILES if now.get(name) != read.get(name)))
 
     async def _join(self, keying: Keying, identity: Identity) -> None:
         """Let a client in whose certificate is proven; its policies stand when this returns.

@@ -203,6 +203,11 @@ class Paths:
         return self.config_dir / "cluster.toml"
 
     @property
+    def last_good_file(self) -> Path:
+        """A copy of the cluster.toml that srd runs by or has last run by."""
+        return self.state_dir / "cluster.toml"
+
+    @property
     def control_socket(self) -> Path:
         """Where the command line finds the daemon."""
         return self.run_dir / "control.sock"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+import structlog
+
 from srd.cluster import KEYING_PORT, Config, Node
 from srd.control.client import is_answered
 from srd.desired import needs_restart, voters_changed
@@ -20,14 +22,26 @@ from srd.ipsec.encap import try_sockets
 from srd.ipsec.suites import grades, read_proc_crypto
 from srd.ipsec.teardown import owned
 from srd.model import ConfigError, Endpoint, IpsecMode, Paths, PermissionRefusedError, SrdError, Suite
+from srd.reconcile import boottime
 from srd.supervise.adopt import MARKER_NAME
-from srd.supervise.programs import check_endpoint, check_ports, check_programs
+from srd.supervise.programs import (
+    AddressMissingError,
+    PortTakenError,
+    check_endpoint,
+    check_ports,
+    check_programs,
+)
 from srd.trust.bundle import Bundle, load_bundle
 
+log = structlog.get_logger(__name__)
+
 # An IPv6 address is tentative for a second or two (RFC 4862), and DHCP may be late at boot. What is missing after 10 s
-# is the operator's mistake, and a service manager need not try again.
-ADDRESS_TRIES: Final = 50
-ADDRESS_PAUSE_SECONDS: Final = 0.2
+# is the operator's mistake, and a service manager need not try again. But a node that has been part of its cluster had
+# it once: a switch that comes up after the nodes, say. It is waited for, for less than the unit's TimeoutStartSec, and
+# then the service manager tries again.
+PATIENCE_SECONDS: Final = 10.0
+JOINED_PATIENCE_SECONDS: Final = 40.0
+LOOK_SECONDS: Final = 0.2
 
 _CAPABILITIES_FILE: Final = "/proc/self/status"
 # include/uapi/linux/capability.h
@@ -52,20 +66,47 @@ async def clear(paths: Paths, kept: Collection[Endpoint] = ()) -> Cleared:
 
     `kept` is where this srd listens already, by sockets that outlived an earlier one.
     """
-    bundle = load_bundle(paths, dt.datetime.now(dt.UTC))
+    # On a node that has been part of its cluster, what its children lack is a condition: srd comes up, protects the
+    # links, says what is missing and starts them when it is there. And nothing is the last word that may pass.
+    joined = (paths.state_dir / MARKER_NAME).exists()
+    bundle = await asyncio.to_thread(_last_good if joined else _present, paths)
     if await asyncio.to_thread(is_answered, paths.control_socket):
         raise ConfigError("start", "srd", "it runs on this node already", "srd status shows it")
-    for _ in range(ADDRESS_TRIES):
-        if not _missing_addresses(bundle.node):
-            break
-        await asyncio.sleep(ADDRESS_PAUSE_SECONDS)
-    # On a node that has been part of its cluster, what its children lack is a condition: srd comes up, protects the
-    # links, says what is missing and starts them when it is there.
-    joined = (paths.state_dir / MARKER_NAME).exists()
-    found = await asyncio.to_thread(partial(_problems_of, bundle, paths, own=kept, children=not joined))
-    if found:
-        raise found[0]
+    look = partial(_problems_of, bundle, paths, own=kept, children=not joined)
+    deadline = boottime() + (JOINED_PATIENCE_SECONDS if joined else PATIENCE_SECONDS)
+    passing = (AddressMissingError, PortTakenError) if joined else AddressMissingError
+    awaited = ""
+    while found := await asyncio.to_thread(look):
+        if not isinstance(found[0], passing):
+            raise found[0]
+        if boottime() >= deadline:
+            raise SrdError("start", "srd", str(found[0])) if joined else found[0]
+        if str(found[0]) != awaited:
+            awaited = str(found[0])
+            log.warning("waiting", why=awaited)
+        await asyncio.sleep(LOOK_SECONDS)
     return Cleared(bundle, await _suite_grades(bundle.config))
+
+
+def _present(paths: Paths) -> Bundle:
+    return load_bundle(paths, dt.datetime.now(dt.UTC))
+
+
+def _last_good(paths: Paths) -> Bundle:
+    """Read the bundle; where cluster.toml is wrong, by the one that srd last ran by.
+
+    What an operator has left half edited must not end the supervision of a node; `bundle_changed` says it.
+    """
+    now = dt.datetime.now(dt.UTC)
+    try:
+        return load_bundle(paths, now)
+    except ConfigError as error:
+        try:
+            bundle = load_bundle(paths, now, cluster_file=paths.last_good_file)
+        except ConfigError:
+            raise error from None
+        log.warning("running by the last good cluster.toml", file=str(paths.cluster_file), error=str(error))
+        return bundle
 
 
 async def problems(paths: Paths) -> list[SrdError]:

@@ -29,7 +29,7 @@ SRD: Final = "srd"
 
 # What is so for long, and is neither better nor worse after a restart.
 ENDURING: Final = frozenset({
-    Code.IPSEC_OFF, Code.NO_SECOND_NET, Code.CERTIFICATE_EXPIRING, Code.DRAINED, Code.PAUSED,
+    Code.IPSEC_OFF, Code.NO_SECOND_NET, Code.CERTIFICATE_EXPIRING, Code.BUNDLE_CHANGED, Code.DRAINED, Code.PAUSED,
 })  # fmt: skip
 
 

@@ -319,6 +319,7 @@ class View:
     sentinel_events: Mapping[str, int] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     certificates: Mapping[str, float] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()  # files of the bundle that are others than srd has taken in
     disks: Mapping[str, DiskTrouble] = field(default_factory=dict)
     kept: str | None = None  # where the last copy of redis' files is, from before it followed another primary
     initialized: bool = False

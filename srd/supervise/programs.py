@@ -27,6 +27,14 @@ _OTHER_NAMES: Final = {
 _PACKAGES: Final = {Service.REDIS: "redis-tools", Service.SENTINEL: "redis-tools", Service.STUNNEL: "stunnel4"}
 
 
+class AddressMissingError(ConfigError):
+    """The machine does not have an address: not yet, or not at all."""
+
+
+class PortTakenError(ConfigError):
+    """Somebody else listens there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A program's file, and the name to run it by."""
@@ -133,10 +141,10 @@ def _explain(endpoint: Endpoint, error: OSError) -> SrdError:
     if error.errno == errno.EADDRINUSE:
         found = listener_of(endpoint.port)
         who, remedy = (found, found.remedy) if found is not None else (HIDDEN, HIDDEN.remedy)
-        return ConfigError("listen on", str(endpoint), f"{who} does already, and srd did not start it", remedy)
+        return PortTakenError("listen on", str(endpoint), f"{who} does already, and srd did not start it", remedy)
     if error.errno == errno.EADDRNOTAVAIL:
         remedy = "give the interface this address, or correct cluster.toml"
-        return ConfigError("use", str(endpoint.address), "this machine does not have the address", remedy)
+        return AddressMissingError("use", str(endpoint.address), "this machine does not have the address", remedy)
     if error.errno == errno.EACCES:
         return PermissionRefusedError("listen on", str(endpoint), "the port is privileged", "start srd as root")
     return SrdError("listen on", str(endpoint), error.strerror or str(error))

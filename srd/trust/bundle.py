@@ -14,7 +14,9 @@ On the node, all but cluster.toml may come from the service manager instead (Loa
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import os
 import secrets
 import shutil
@@ -39,6 +41,8 @@ from srd.trust.authority import Issued, identify, issue_node, issue_tls, issued_
 PRIVATE: Final = 0o600
 PUBLIC: Final = 0o644
 CLIENT_DIRECTORY: Final = "client"
+CLUSTER_FILE: Final = "cluster.toml"
+FILES: Final = (CLUSTER_FILE, "ca.crt", "node.crt", "node.key", "tls.crt", "tls.key", "secrets.toml")
 # 32 random bytes: more than AES-256 asks of a key, and short enough for redis' and stunnel's configuration lines.
 _PASSWORD_BYTES: Final = 32
 
@@ -47,7 +51,7 @@ _PASSWORD_BYTES: Final = 32
 class Bundle:
     """A node's bundle, read and checked. `not_after` maps a file's name to its certificate's end (Unix seconds).
 
-    `config` has the node itself in any case. A client has no `secrets`.
+    `config` has the node itself in any case. A client has no `secrets`. `digests` are of its files as they were read.
     """
 
     config: Config
@@ -55,6 +59,7 @@ class Bundle:
     secrets: Secrets | None
     credentials: Credentials
     not_after: Mapping[str, float]
+    digests: Mapping[str, bytes]
 
 
 class _SecretsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,12 +143,25 @@ def write_file(path: Path, content: str | bytes, mode: int = PRIVATE) -> None:
         file.write(data)
 
 
-def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
-    """Read this node's bundle and check that its parts belong together, are valid now and are private.
+def digests(paths: Paths) -> dict[str, bytes]:
+    """Return a digest of each file of this node's bundle that can be read, by its name. Blocks."""
+    found = {}
+    for name in FILES:
+        with contextlib.suppress(OSError):
+            found[name] = hashlib.sha256(paths.bundle_file(name).read_bytes()).digest()
+    return found
 
-    Raises `ConfigError` with the file, what is wrong with it and what to do.
+
+def load_bundle(paths: Paths, now: datetime.datetime, *, cluster_file: Path | None = None) -> Bundle:
+    """Read this node's bundle and check that its parts belong together, are valid now and are private. Blocks.
+
+    `cluster_file` is read in place of its cluster.toml. Raises `ConfigError` with the file, what is wrong with it and
+    what to do.
     """
-    config = load_config(paths.cluster_file)
+    read = digests(paths)  # before the files are read: what changes in between is not taken for read
+    if cluster_file is not None:
+        read.pop(CLUSTER_FILE, None)
+    config = load_config(cluster_file if cluster_file is not None else paths.cluster_file)
     authority = _certificate(paths.bundle_file("ca.crt"))
     node_certificate, node_key = _pair(paths, "node", authority, now)
     certificates = {"ca": authority, "node": node_certificate}
@@ -165,6 +183,7 @@ def load_bundle(paths: Paths, now: datetime.datetime) -> Bundle:
             authority=authority.public_bytes(serialization.Encoding.PEM),
         ),
         not_after={name: certificate.not_valid_after_utc.timestamp() for name, certificate in certificates.items()},
+        digests=read,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.machine import Machine
-from support.unit import URL, Checks, ask, back, healthy, lives, pids, srd, unit_node
+from support.unit import PORT, URL, Checks, ask, back, conditions, healthy, lives, pids, srd, unit_node
 
 from srd.trust.issuing import renew_node
 
@@ -140,6 +140,38 @@ def test_a_reload_says_what_it_has_taken_in_and_the_manager_can_ask_for_it(node:
     node.fails("systemctl", "reload", "srd")
     node.write("/etc/srd/cluster.toml", file)
     assert node.show("srd", "ActiveState") == "active"
+
+
+def test_a_cluster_toml_that_is_wrong_ends_no_supervision(node: Machine) -> None:
+    before, former = pids(node), node.show("srd", "MainPID")
+    file = node.run("cat", "/etc/srd/cluster.toml")
+    node.write("/etc/srd/cluster.toml", file + "[half")
+    node.run("kill", "-KILL", former)
+    node.wait(lambda: back(node, former), "the next srd does its job")
+    assert pids(node) == before
+    assert conditions(node) == {
+        "bundle_changed": "cluster.toml: not what srd runs by; srd reload takes it in, or says why not"
+    }
+    assert "/etc/srd/cluster.toml" in node.fails("/opt/srd/bin/srd", "reload").stderr
+    node.write("/etc/srd/cluster.toml", file)
+    node.run("/opt/srd/bin/srd", "reload")
+    assert conditions(node) == {}
+
+
+def test_a_port_that_somebody_holds_is_waited_for_by_a_node_that_has_had_it(node: Machine) -> None:
+    before = pids(node)
+    node.run("/opt/srd/bin/srd", "stop", "--keep-data-path")
+    holder = f"import http.server as h; h.HTTPServer(('127.0.1.1', {PORT}), h.BaseHTTPRequestHandler).serve_forever()"
+    node.run("systemd-run", "--unit=stranger", "/usr/bin/python3", "-c", holder)
+    node.wait(lambda: f":{PORT}" in node.run("ss", "-Hltn"), "it listens")
+    node.run("systemctl", "start", "--no-block", "srd")
+    said = ("journalctl", "--no-pager", "--unit", "srd", "--grep", "stranger.service. does already")
+    node.wait(lambda: node.run(*said, check=False) != "", "srd says who has its port")
+    assert node.show("srd", "ActiveState") == "activating"
+    node.run("systemctl", "stop", "stranger")
+    node.wait(lambda: healthy(node), "it does its job")
+    assert node.show("srd", "NRestarts") == "0"
+    assert pids(node) == before
 
 
 def test_a_second_srd_says_that_one_runs_already(node: Machine) -> None:

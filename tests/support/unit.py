@@ -16,7 +16,8 @@ from support.machine import CHECKOUT, INSTALL, Machine, machine
 
 # The unit's own file, but for where this checkout may lie: /tmp or a home directory.
 DROP_IN = "[Service]\nPrivateTmp=no\nProtectHome=no\nWatchdogSec=5\n"
-URL = "http://127.0.1.1:8080/health"
+PORT = 8080
+URL = f"http://127.0.1.1:{PORT}/health"
 
 
 @contextlib.contextmanager

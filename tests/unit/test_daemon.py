@@ -23,12 +23,12 @@ def test_the_last_good_file_is_kept_and_a_bad_one_or_a_full_disk_changes_nothing
     paths = paths_of(tmp_path, "redis-1")
     paths.state_dir.mkdir(parents=True)
     closing.remember(paths)
-    kept = closing.last_good(paths).read_text()
+    kept = paths.last_good_file.read_text()
     assert kept == paths.cluster_file.read_text()
     paths.cluster_file.write_text(kept[:100])
     closing.remember(paths)
-    assert closing.last_good(paths).read_text() == kept
+    assert paths.last_good_file.read_text() == kept
     paths.cluster_file.write_text(kept + "\n# another\n")
-    closing.last_good(paths).unlink()
-    closing.last_good(paths).mkdir()  # nothing can be put in its place
+    paths.last_good_file.unlink()
+    paths.last_good_file.mkdir()  # nothing can be put in its place
     closing.remember(paths)
