@@ -138,7 +138,7 @@ class ColdStart:
             return
         if former != s.node and any(stock.chosen for name, stock in stocks.items() if name != s.node.name):
             return  # the sentinels need no help
-        await self._failover.replace(former, f"{ahead} has the most data", prefer=ahead)
+        await self._failover.replace(former, f"{ahead} has the most data", since=None, prefer=ahead)
 
     async def answer(self, topic: str, body: Body) -> Body:
         """Answer another node's comparing: what this node has, or how much it has after an end."""

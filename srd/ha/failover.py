@@ -10,8 +10,10 @@ What is done is the same. The sentinels are told a `down-after-milliseconds` of 
 for down at their next tick; the vote, its epoch and its choice are their own. Measured with 3 nodes: the next primary
 says ROLE master after 0.49 to 0.60 s instead of 5.3 s. Not less than 0.2 s: with 0.05 s, 2 of 6 attempts found no
 good replica (a replica's link may be down for 10 times as long, in whole seconds), and the next attempt came 10.5 s
-later. Told back as soon as the choice is announced (+selected-slave); later, they judge the new primary by it: 7 of 7
-runs had a second failover. Whoever does this may die meanwhile: every srd sets its own sentinel back (ha/strays.py).
+later. For the same reason it is more where the loss is longer ago (`haste`): told 0.2 s 4 s after it, they found nobody
+in three of three attempts. Told back as soon as the choice is announced (+selected-slave); later, they judge the new
+primary by it: 7 of 7 runs had a second failover. Whoever does this may die meanwhile: every srd sets its own sentinel
+back (ha/strays.py).
 
 One of them stands for election, the others only vote: where all are hurried at once, all may find one another in
 agreement at the same tick, and each vote for itself; the next attempt came 10 to 12 s later (2 of 20 in the lab, whose
@@ -37,6 +39,7 @@ from srd.cluster import MIN_REPLICAS_MAX_LAG, NEVER_PRIORITY, PREFERRED_PRIORITY
 from srd.ha.fleet import C, Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, PROMOTED_FLAG, endpoint_of, fresh
 from srd.ha.sentinel import NEVER_MILLISECONDS, OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
+from srd.ha.successor import is_heard
 from srd.model import Endpoint, Role
 from srd.reconcile import boottime
 from srd.state import Redis, SentinelAnswer, Situation
@@ -44,6 +47,10 @@ from srd.state import Redis, SentinelAnswer, Situation
 log = structlog.get_logger(__name__)
 
 HASTE_SECONDS: Final = 0.2
+# Of the time since the loss: replicas' links, which may be down for 2.5 times that time then, are not down for longer.
+HASTE_SHARE: Final = 0.25
+# Below what a lease takes for haste (ha/lease.py), and with a vote still within CHOICE_SECONDS.
+LEAST_HASTE_SECONDS: Final = 1.5
 # For the choice; a vote takes 0.35 s.
 CHOICE_SECONDS: Final = 3.0
 # A leader is done with a promotion 1.0 to 1.1 s after it, when the replicas follow. Where the new primary is gone by
@@ -93,6 +100,11 @@ def silent_since(config: Config, answers: Mapping[str, SentinelAnswer], primary:
     return next(since for since in settled if since >= lost - ONE_CUT_SECONDS)
 
 
+def haste(lost_for: float) -> float:
+    """Return for how long the primary must have been silent to be taken for down, so long after its loss. Pure."""
+    return min(max(HASTE_SECONDS, lost_for * HASTE_SHARE), LEAST_HASTE_SECONDS)
+
+
 def replaceable_at(s: Situation, primary: Node) -> float | None:
     """Return when a silent primary's fences will have fallen, so that another may be promoted. None while it is not.
 
@@ -110,7 +122,10 @@ def replaceable_at(s: Situation, primary: Node) -> float | None:
 
 
 class Failover:
-    """Hurries the sentinels, once for each primary that is gone; `hurrying` is told whose place is taken, and why."""
+    """Hurries the sentinels, once for each primary that is gone; `hurrying` is told whose place is taken, and why.
+
+    `own_stream` returns the replication id that this node's redis last had.
+    """
 
     def __init__(
         self,
@@ -119,11 +134,13 @@ class Failover:
         situation: Callable[[], Situation],
         wake: Callable[[], None],
         hurrying: Callable[[Node, str], None],
+        own_stream: Callable[[], str],
     ) -> None:
         self._fleet = fleet
         self._situation = situation
         self._wake = wake
         self._hurrying = hurrying
+        self._own_stream = own_stream
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
         self._aligned: Node | None = None
@@ -152,7 +169,8 @@ class Failover:
         if moment is None:
             self._aligned = None
         elif s.now >= moment:
-            await self.replace(node, f"{node.name} is silent, and its fences have fallen")
+            since = silent_since(s.config, s.view.sentinels, named, s.now)
+            await self.replace(node, f"{node.name} is silent, and its fences have fallen", since=since)
         elif s.now >= moment - ALIGN_SECONDS and self._aligned != node:
             self._aligned = node
             await self._align(s.node)
@@ -164,11 +182,12 @@ class Failover:
         await asyncio.sleep(ALIGNING_SECONDS)
         await sentinel.look_every(SELDOM_MILLISECONDS, STEP_SECONDS)
 
-    async def replace(self, primary: Node, why: str, *, prefer: str | None = None) -> None:
+    async def replace(self, primary: Node, why: str, *, since: float | None, prefer: str | None = None) -> None:
         """Have the sentinels elect another primary now; return when they have chosen one, or when they do not.
 
-        `prefer` is the node that they are to elect, where that is known; otherwise it is the replica with most. During
-        a pause it is left to them, who know of no pause.
+        `since` is when it was lost, in CLOCK_BOOTTIME seconds, None if that is not known. `prefer` is the node that
+        they are to elect, where that is known; otherwise it is the replica with most. During a pause it is left to
+        them, who know of no pause.
         """
         config = self._fleet.config
         endpoint = endpoint_of(config, primary)
@@ -201,7 +220,7 @@ class Failover:
             self._tried, self._tried_until = attempt, now + 2 * config.sentinel.failover_timeout
             log.warning("hurrying the sentinels", primary=primary.name, why=why)
             self._hurrying(primary, why)
-            await self._hurry(endpoint, candidate)
+            await self._hurry(endpoint, candidate, float("-inf") if since is None else since)
 
     def _epoch(self, primary: Endpoint) -> int:
         """Return the configuration epoch in which a majority names this primary, 0 while none does."""
@@ -229,7 +248,7 @@ class Failover:
 
     async def _steer(self, primary: Node, prefer: str | None) -> list[str]:
         """Prefer a node, or the replica that has most if they differ; return the sentinels that know whom to choose."""
-        others = self._talking(self._fleet.redises)
+        others = self._reachable(self._fleet.redises)
         others.pop(primary.name, None)
         sentinels = self._talking(self._fleet.sentinels)
         best = prefer
@@ -237,7 +256,7 @@ class Failover:
             said = await on_all(others, lambda redis: redis.observe(STEP_SECONDS))
             if said and all(redis.priority == NEVER_PRIORITY for redis in said.values()):
                 return []  # nobody is to be promoted unless it is known to have most (ha/coldstart.py)
-            best = most_advanced(said)
+            best = most_advanced(said, self._stream_of(primary))
             if best is None:
                 return list(sentinels)
             log.info("preferring", replica=best, offsets={name: redis.offset for name, redis in said.items()})
@@ -258,11 +277,29 @@ class Failover:
         silent = self._situation().view.silent
         return {name: client for name, client in clients.items() if name not in silent}
 
-    async def _hurry(self, primary: Endpoint, candidate: str) -> None:
+    def _reachable(self, clients: Mapping[str, C]) -> dict[str, C]:
+        """Return the clients but for those of nodes of which nobody is heard.
+
+        A sentinel that is silent beside a srd that is heard, being started again say, says nothing of the redis there,
+        which may be the one that has most.
+        """
+        s = self._situation()
+        gone = {node.name for node in s.config.voters if node.name in s.view.silent and not is_heard(s, node)}
+        return {name: client for name, client in clients.items() if name not in gone or name == s.node.name}
+
+    def _stream_of(self, primary: Node) -> str:
+        """Return the replication id of a primary that is gone, as it was last heard; empty if it never was."""
+        s = self._situation()
+        if primary == s.node:
+            return self._own_stream()
+        report = s.view.peers.get(primary.name)
+        return report.replid if report is not None and report.role is Role.PRIMARY else ""
+
+    async def _hurry(self, primary: Endpoint, candidate: str, since: float) -> None:
         async def hasten(sentinel: SentinelClient) -> None:
             period = ASKING_MILLISECONDS if sentinel.node == candidate else NEVER_MILLISECONDS
             await sentinel.ask_others_every(period, STEP_SECONDS)
-            await sentinel.keep_down_after(HASTE_SECONDS, STEP_SECONDS)
+            await sentinel.keep_down_after(haste(boottime() - since), STEP_SECONDS)
 
         configured = self._fleet.config.sentinel.down_after
         began = boottime()
@@ -303,14 +340,20 @@ async def _that_know(sentinels: Mapping[str, SentinelClient], preferred: Endpoin
     return [name for name, priorities in shown.items() if priorities.get(preferred) == PREFERRED_PRIORITY]
 
 
-def most_advanced(said: Mapping[str, Redis]) -> str | None:
+def most_advanced(said: Mapping[str, Redis], stream: str = "") -> str | None:
     """Return the replica that is to be preferred: the one that has most of one history. None if all have the same.
 
-    Replicas of different histories (another replication id) cannot be compared: the sentinels choose among them. One
-    that is never to be primary, being drained say, does not become it by having most.
+    `stream` is the replication id of the primary that is gone, empty if it is not known. Who has another history has
+    not been in step with that primary, and is not preferred; where nobody is known to have been, the sentinels choose.
+    One that is never to be primary, being drained say, does not become it by having most.
     """
     replicas = {name: redis for name, redis in said.items() if redis.role is Role.REPLICA and not redis.loading}
     replicas = {name: redis for name, redis in replicas.items() if redis.priority != NEVER_PRIORITY}
-    if len({redis.replid for redis in replicas.values()}) != 1 or len({r.offset for r in replicas.values()}) < 2:  # noqa: PLR2004
+    in_stream = {name: redis for name, redis in replicas.items() if redis.replid == stream}
+    strangers = len(replicas) - len(in_stream) if in_stream else 0
+    compared = in_stream or replicas
+    if len({redis.replid for redis in compared.values()}) != 1:
         return None
-    return max(sorted(replicas), key=lambda name: replicas[name].offset)
+    if len({redis.offset for redis in compared.values()}) == 1 and not strangers:
+        return None
+    return max(sorted(compared), key=lambda name: compared[name].offset)

@@ -217,7 +217,8 @@ class Elections:
     def __init__(self) -> None:
         self.preferred: list[str | None] = []
 
-    async def replace(self, _primary: Node, _why: str, *, prefer: str | None = None) -> None:
+    async def replace(self, _primary: Node, _why: str, *, since: float | None, prefer: str | None = None) -> None:
+        assert since is None, "nobody can tell"
         self.preferred.append(prefer)
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srd.cluster import LEASE_SECONDS, NEVER_PRIORITY, Config, Node
+from srd.cluster import LEASE_MARGIN_SECONDS, LEASE_SECONDS, NEVER_PRIORITY, Config, Node
 from srd.config import parse_config
 from srd.ha.custody import Custody
-from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, most_advanced, replaceable_at
+from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, haste, most_advanced, replaceable_at
 from srd.ha.fence import FENCE_SECONDS, cut_off, demanded
 from srd.ha.lease import endpoint_of
 from srd.ha.redis import FENCED
@@ -181,6 +181,27 @@ def test_the_replica_that_has_most_is_preferred_if_they_differ() -> None:
     drained = replica(11, priority=NEVER_PRIORITY)
     assert most_advanced({"n2": replica(7), "n3": replica(9), "n4": drained}) == "n3"
     assert most_advanced({"n2": replica(9), "n4": drained}) is None
+
+
+def test_who_was_not_in_step_with_the_primary_that_is_gone_is_not_compared_with_who_was() -> None:
+    stream = "a" * 40
+    stranger = replica(99, replid="b" * 40)
+    assert most_advanced({"n2": replica(7), "n3": replica(9), "n4": stranger}, stream) == "n3"
+    assert most_advanced({"n2": replica(9), "n3": replica(9), "n4": stranger}, stream) == "n2", (
+        "the sentinels could err"
+    )
+    assert most_advanced({"n2": replica(9), "n4": stranger}, stream) == "n2"
+    assert most_advanced({"n2": replica(9), "n3": replica(9)}, stream) is None
+    assert most_advanced({"n4": stranger}, stream) is None
+    assert most_advanced({"n2": replica(7), "n3": replica(9), "n4": stranger}, "c" * 40) is None
+
+
+@given(st.floats(0, 14))  # long before, the sentinels have taken it for down by themselves
+def test_replicas_that_lost_the_primary_are_good_enough_for_sentinels_that_are_hurried(lost_for: float) -> None:
+    link_down = lost_for + 1.0  # in whole seconds, rounded up; it went down a ping before the first without a reply
+    assert 10 * haste(lost_for) >= link_down or lost_for < 1.0
+    assert 0.2 <= haste(lost_for) < LEASE_SECONDS + LEASE_MARGIN_SECONDS, "a lease must be able to tell"
+    assert haste(lost_for) <= max(0.2, lost_for), "the primary has been silent for as long"
 
 
 def test_a_stray_setting_is_tolerated_for_as_long_as_it_may_be_needed() -> None:
