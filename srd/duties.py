@@ -5,7 +5,6 @@ Wires the wings of supervision and of high availability to one another. A client
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service
 from srd.reconcile import Loop
 from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.setback import Setback
-from srd.state import ChildState, Situation, Store, View, services_of
+from srd.state import ChildState, Redis, Situation, Store, View, services_of
 from srd.supervise.disks import Disks
 from srd.supervise.services import Services
 from srd.systemd import FdStore
@@ -132,14 +131,15 @@ class Duties:
     async def adopt(self, config: Config) -> None:
         """Take a changed file in; what follows from the number of nodes, the observer sets in redis and sentinel."""
         self._config = config
-        self._primacy.adopt(config)
         self._doctor.adopt(config)
+        await self._primacy.adopt(config)
         await self._services.adopt(config)
 
     async def stop(self) -> None:
         """Move the primary away if it is here, then end the services in order."""
         await self._primacy.leave()
         await self._services.stop_all()
+        await self._primacy.seen_to()
 
     async def close(self) -> None:
         """Close the connections by which it acts on other nodes."""
@@ -164,19 +164,23 @@ class Duties:
             raise RefusedError("drain", self._node.name, reason)
         moved = await self._primacy.move_away()
         await self._maintenance.drain()
-        return {"moved": moved, "known": await self._priority_is_told(lambda priority: priority == NEVER_PRIORITY)}
+        return {"moved": moved, "known": await self._priority_is_told(lambda redis: redis.priority == NEVER_PRIORITY)}
 
     async def undrain(self) -> documents.Document:
         """Take this node into service again."""
         await self._maintenance.undrain()
         never = self._config.node(self._node.name).priority == NEVER_PRIORITY
-        return {"known": await self._priority_is_told(lambda priority: never or priority != NEVER_PRIORITY)}
 
-    async def _priority_is_told(self, right: Callable[[int], bool]) -> bool:
+        def again(redis: Redis) -> bool:
+            return never or redis.role is Role.PRIMARY or redis.priority != NEVER_PRIORITY
+
+        return {"known": await self._priority_is_told(again)}
+
+    async def _priority_is_told(self, right: Callable[[Redis], bool]) -> bool:
         """Return whether redis, if it runs, tells the sentinels by now whether it may be primary."""
         self._primacy.look()
         try:
-            await self._store.wait_for(lambda v: v.redis is None or right(v.redis.priority), PRIORITY_SECONDS)
+            await self._store.wait_for(lambda v: v.redis is None or right(v.redis), PRIORITY_SECONDS)
         except TimeoutError:
             return False
         return True
@@ -282,7 +286,7 @@ class Duties:
         runs = child is not None and child.pid is not None
         # To look costs a thread that becomes redis' user, 5 ms; of one that runs it is known.
         try:
-            holds_data = runs or await asyncio.to_thread(self._ledger.holds_data)
+            holds_data = runs or await self._ledger.holds_data()
         except SrdError as error:
             return Start(hold=str(error))  # the sentinel is needed all the same
         return self._ledger.weighed(self._primacy.start(holds_data=holds_data))

@@ -47,8 +47,9 @@ class Ledger:
         self._noted = self._load()
         self._noted_at = float("-inf")
         self._has_loaded = False  # redis, since this srd runs
-        # One of its own: questions are given up and asked again, and a disk that hangs would keep each one's thread.
-        self._thread = ThreadPoolExecutor(1, "ledger")
+        # Of its own: questions are given up and asked again, and a disk that hangs would keep each one's thread. Two:
+        # the search for an end takes seconds on a cold disk, and who asks what is there meanwhile must have an answer.
+        self._threads = ThreadPoolExecutor(2, "ledger")
 
     def _load(self) -> Progress | None:
         try:
@@ -73,14 +74,14 @@ class Ledger:
         await self._apart(lambda: write_private(self._path, msgspec.json.encode(now)))
         self._noted, self._noted_at = now, s.now
 
-    def holds_data(self) -> bool:
+    async def holds_data(self) -> bool:
         """Whether redis, which does not run, would load anything from its data directory; blocks.
 
         If not, the note is of what is lost. `SrdError` when nobody can tell.
         """
-        holds = self._look().data
+        holds = (await self._apart(self._look)).data
         if not holds and self._noted is not None:
-            remove_own(self._path)
+            await self._apart(lambda: remove_own(self._path))
             self._noted = None
         return holds
 
@@ -127,8 +128,8 @@ class Ledger:
         return await self._apart(lambda: self._as_redis(lambda: inventory.bytes_after(self._directory, wanted)))
 
     async def _apart(self, act: Callable[[], T]) -> T:
-        """Do what blocks, after what was asked for before."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, act)
+        """Do what blocks, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, act)
 
     def _fails(self, s: Situation, child: Child | None) -> bool:
         """Whether redis cannot be counted on: it cannot be started, has not loaded, or ends again and again."""

@@ -207,6 +207,7 @@ class SentinelAnswer:
     flags: frozenset[str] = frozenset()
     quorum: int = 0
     parallel_syncs: int = 0
+    failover_timeout: float = 0.0
     down_after: float = 0.0  # seconds
     unanswered: float | None = None  # CLOCK_BOOTTIME seconds of the primary's first ping that has no reply, if any
     run_id: str = ""
@@ -323,6 +324,8 @@ class View:
     disks: Mapping[str, DiskTrouble] = field(default_factory=dict)
     kept: str | None = None  # where the last copy of redis' files is, from before it followed another primary
     initialized: bool = False
+    # Whether redis was in step with a primary when the srd before this one last looked; None until that is known.
+    followed: bool | None = None
     # Taken out of service by a person: no balancer leads anybody new here, and nobody makes it primary.
     drained: bool = False
     pause: Pause = NO_PAUSE

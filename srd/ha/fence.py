@@ -83,6 +83,7 @@ class Fence:
         self._keep_data = keep_data
         self._acted = 0.0
         self._reigned = False  # this node's redis is the primary that a majority has named
+        self._followed = False  # it was seen as a replica, so what an earlier srd has seen is no news
 
     async def reconcile(self) -> None:
         """Compare and put right; `RespError` when redis does not take it. A second pass does nothing."""
@@ -112,9 +113,12 @@ class Fence:
     def _successor(self, s: Situation, redis: Redis) -> Endpoint | None:
         """Return whom a majority names instead of this node, whose redis was their primary and does not know yet.
 
-        A primary that they have never named has just been promoted: they name its predecessor for a second more.
+        A primary that they have never named has just been promoted: they name its predecessor for a second more. One
+        that was there before this srd had been named, unless an earlier srd last saw it follow another.
         """
         primary = s.view.named
         reigns = primary == endpoint_of(s.config, s.node)
-        self._reigned = redis.role is Role.PRIMARY and (reigns or self._reigned)
+        self._followed |= redis.role is Role.REPLICA
+        reigned = self._reigned or (s.view.followed is False and not self._followed)
+        self._reigned = redis.role is Role.PRIMARY and (reigns or reigned)
         return primary if self._reigned and not reigns else None

@@ -39,12 +39,14 @@ class Fleet:
         self.redises = {node.name: RedisClient(endpoint_of(config, node), self._secrets) for node in config.redis_nodes}
         self.sentinels = {node.name: SentinelClient(config, node, self._secrets) for node in config.voters}
 
-    def adopt(self, config: Config) -> None:
-        """Act on the nodes of a changed file from now on."""
+    async def adopt(self, config: Config) -> None:
+        """Act on the nodes of a changed file from now on. What is under way ends by the connections that it has."""
         former, self.config = self.config, config
         if former.voters != config.voters:
-            self._former += [*self.redises.values(), *self.sentinels.values()]
+            retired, self._former = self._former, [*self.redises.values(), *self.sentinels.values()]
             self._fill(config)
+            for client in retired:
+                await client.close()
 
     async def have_follow(self, node: Node, seconds: float) -> list[str]:
         """Have the redis of every other node that is a replica follow this node's; return which ones do now."""

@@ -89,6 +89,7 @@ class Observer:
         self._paced = float("-inf")
         self._events: dict[str, int] = {}
         self._last_role = Role.UNKNOWN
+        self.last_replid = ""  # of the stream in which the present or last redis was
         self.redis_error: str | None = None
         self.loop = Loop(
             "observe redis",
@@ -175,7 +176,7 @@ class Observer:
         """Ask the local redis, if this node has one, and judge everything again by the present time."""
         seen = await self._observe_redis(self.redis) if self.redis is not None else None
         if seen is not None:
-            self._last_role = seen.role
+            self._last_role, self.last_replid = seen.role, seen.replid
             if seen.role is Role.REPLICA:
                 self._custody.lose(seen.answered)
         self._write_redis(seen)
@@ -191,10 +192,12 @@ class Observer:
         """Keep true what redis says of itself to the sentinels: whether it may be promoted, and how soon."""
         drained = self._store.view().drained
         if seen.priority == NEVER_PRIORITY and not drained and seen.role is Role.REPLICA and not seen.in_step:
-            return  # it was started as a replica, and what it has may be old
-        wanted = NEVER_PRIORITY if drained else self._config.node(self._node.name).priority
-        # One that a failover has set may be needed, but of a drained node; any other is an old file's.
-        tolerated = (wanted,) if drained else (wanted, PREFERRED_PRIORITY)
+            return  # it was started as a replica, or was a primary, and what it has may be old
+        # Of a primary no sentinel asks it; once it is replaced, what it has is not what its successor has taken.
+        never = drained or seen.role is Role.PRIMARY or seen.sync_in_progress
+        wanted = NEVER_PRIORITY if never else self._config.node(self._node.name).priority
+        # One that a failover has set may be needed, of a node that may be chosen; any other is an old file's.
+        tolerated = (wanted,) if never else (wanted, PREFERRED_PRIORITY)
         if self._preferred.is_due(differs=seen.priority != wanted, now=self._clock()) or (
             seen.priority not in tolerated
         ):
@@ -252,7 +255,10 @@ class Observer:
             await client.keep_quorum(config.quorum, bound)
         if answer.parallel_syncs != config.parallel_syncs:
             await client.keep_parallel_syncs(config.parallel_syncs, bound)
-        if self._hasty.is_due(differs=answer.down_after != config.sentinel.down_after, now=self._clock()):
+        if _differ(answer.failover_timeout, config.sentinel.failover_timeout):
+            await client.keep_failover_timeout(config.sentinel.failover_timeout, bound)
+        hasty = _differ(answer.down_after, config.sentinel.down_after)
+        if self._hasty.is_due(differs=hasty, now=self._clock()):
             await client.keep_down_after(config.sentinel.down_after, bound)
 
     def judge(self) -> None:
@@ -289,3 +295,8 @@ class Observer:
         self.wake()
         for callback in self._callbacks:
             callback()
+
+
+def _differ(one: float, other: float) -> bool:
+    """Whether two times are not the same to a sentinel, which counts in milliseconds."""
+    return round(one * 1000) != round(other * 1000)

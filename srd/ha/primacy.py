@@ -92,11 +92,19 @@ class Primacy:
         self._switchover: Switchover | None = None
         self._fleet = Fleet(config, secrets)
         self._died = asyncio.Event()  # this node's redis, as a primary
+        self._seen_to = asyncio.Event()  # the sentinels have been told of it, or are to find out by themselves
+        self._seen_to.set()
         self._losses = Losses(endpoint_of(config, node), view=store.view, clock=boottime)
         self._chronicle = Chronicle(
             self._fleet, node, store, losses=self._losses, ask_peer=ask_peer, saved=saved, save=save
         )
-        self.failover = Failover(self._fleet, situation=situation, wake=self.look, hurrying=self._note_silence)
+        self.failover = Failover(
+            self._fleet,
+            situation=situation,
+            wake=self.look,
+            hurrying=self._note_silence,
+            own_stream=lambda: self.observer.last_replid,
+        )
         hearers = [self.failover.heard, self._losses.heard]
         silence = Loop("silence", self.failover.watch, resync=self._pace, timeout=REPLACING_SECONDS)
         self._watches = [silence]
@@ -169,11 +177,11 @@ class Primacy:
             for watch in self._watches:
                 watch.wake()
 
-    def adopt(self, config: Config) -> None:
+    async def adopt(self, config: Config) -> None:
         """Act on a changed file from now on; what follows from the number of nodes, redis and sentinel are told."""
         self._config = config
-        self._fleet.adopt(config)
         self.observer.adopt(config)
+        await self._fleet.adopt(config)
 
     async def close(self) -> None:
         """Close the connections by which it acts; those by which it watches end with its bodies."""
@@ -194,6 +202,7 @@ class Primacy:
             own = endpoint_of(self._config, self._node)
             self._losses.note(Loss(kind, own, death.at, by=self._node.name))
             if len(self._config.redis_nodes) > 1:
+                self._seen_to.clear()
                 self._died.set()
         return death
 
@@ -216,6 +225,15 @@ class Primacy:
                 if voter != self._node:
                     group.create_task(tell(voter.name))
 
+    async def seen_to(self) -> None:
+        """Return when the other nodes' sentinels have chosen in place of this node's redis, if that ended as primary.
+
+        To leave before that would take them the haste in the middle of a vote, and the next one comes 10 s later.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REPLACING_SECONDS):
+                await self._seen_to.wait()
+
     def _note_silence(self, primary: Node, why: str) -> None:
         """Write down that this node has a silent primary replaced; of its own, that its redis has ended is known."""
         s, endpoint = self._situation(), endpoint_of(self._config, primary)
@@ -226,9 +244,13 @@ class Primacy:
 
     @property
     def deposed(self) -> bool:
-        """Whether this node's redis was primary when it last answered, and a majority names another one now."""
-        named = self._situation().view.named
-        return self.observer.last_role is Role.PRIMARY and named not in (None, endpoint_of(self._config, self._node))
+        """Whether this node's redis was primary when it last answered, and a majority names another one now.
+
+        One that this srd has not heard yet was primary if an earlier srd has not seen it in step with another since.
+        """
+        view, role = self._situation().view, self.observer.last_role
+        reigned = role is Role.PRIMARY or (role is Role.UNKNOWN and view.followed is False)
+        return reigned and view.named not in (None, endpoint_of(self._config, self._node))
 
     async def switch_over(self, to: str | None, *, dry_run: bool, by: str | None = None) -> Body:
         """Move the primary to a node, or to the fittest; by the primary's srd, wherever this is asked, and by whom.
@@ -365,8 +387,10 @@ class Primacy:
         while True:
             await self._died.wait()
             self._died.clear()
-            replace = partial(self.failover.replace, self._node, "its redis has ended")
+            since = self._death.at if self._death is not None else None
+            replace = partial(self.failover.replace, self._node, "its redis has ended", since=since)
             await contained("failover", replace)
+            self._seen_to.set()
             await asyncio.sleep(UNFIT_SECONDS)
             if self._situation().view.named == endpoint_of(self._config, self._node):
                 await contained("failover", replace)  # they may not have been of one mind, and it is told again

@@ -127,6 +127,7 @@ class Wire:
             encoding_errors="backslashreplace",
             socket_timeout=None,
             socket_connect_timeout=ANSWER_SECONDS,
+            socket_keepalive=True,
             socket_keepalive_options=_SOCKET_OPTIONS,
             driver_info=None,
         )

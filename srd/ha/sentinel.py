@@ -123,6 +123,7 @@ class SentinelClient:
             known_replicas=master.get("num-slaves", int),
             quorum=master.get("quorum", int),
             parallel_syncs=master.get("parallel-syncs", int),
+            failover_timeout=master.get("failover-timeout", int) / 1000,
             flags=flags if self._watched == primary else frozenset({PROMOTED_FLAG}),
             down_after=master.get("down-after-milliseconds", int) / 1000,
             # Counted from the answer, so at most later than it was: nobody is taken for silent too soon.
@@ -157,6 +158,10 @@ class SentinelClient:
     async def keep_parallel_syncs(self, replicas: int, seconds: float = ANSWER_SECONDS) -> None:
         """Have it let so many replicas follow a new primary at a time."""
         await self._set("parallel-syncs", replicas, seconds)
+
+    async def keep_failover_timeout(self, seconds: float, bound: float = ANSWER_SECONDS) -> None:
+        """Have it give each step of a failover so many seconds."""
+        await self._set("failover-timeout", round(seconds * 1000), bound)
 
     async def keep_down_after(self, seconds: float, bound: float = ANSWER_SECONDS) -> None:
         """Have it take the primary, its replicas and the other sentinels for down after so many seconds."""

@@ -176,7 +176,10 @@ class Switchover:
                     await asyncio.sleep(LOOK_SECONDS)
 
     async def _reattach(self) -> None:
-        """Have every replica follow this node's redis again, if that is the primary still."""
+        """Have every replica follow this node's redis again, if that is still the primary, and named."""
+        s = self._situation()
+        if s.view.named != endpoint_of(s.config, self._node) or self._lease_left() <= 0:
+            return  # somebody else may lead by now, and they are that one's
         with contextlib.suppress(RespError):
             if await self._fleet.redises[self._node.name].role(STEP_SECONDS) is Role.PRIMARY:
                 await self._fleet.have_follow(self._node, STEP_SECONDS)

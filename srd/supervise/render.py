@@ -14,7 +14,7 @@ from typing import Final
 
 import jinja2
 
-from srd.cluster import MIN_REPLICAS_MAX_LAG, NEVER_PRIORITY, Config, Node
+from srd.cluster import MIN_REPLICAS_MAX_LAG, Config, Node
 from srd.model import ConfigError, Endpoint, IpAddress, Secret, Secrets
 
 # 24 days: the largest number of seconds that stunnel can hand to poll(2), which takes an int of milliseconds.
@@ -70,8 +70,8 @@ _environment.filters["quoted"] = _quoted
 def redis_conf(config: Config, node: Node, secrets: Secrets, directory: Path, primary: Endpoint | None) -> str:
     """Render redis.conf of a node; `primary` is whom it follows, None makes it the primary.
 
-    What a replica has on its disk may be old: nobody is to promote it before it has been in step, or was found to have
-    most (ha/coldstart.py).
+    Nobody is to promote what may be old: a replica says so until it has been in step, or was found to have most
+    (ha/coldstart.py), and a primary, of whom no sentinel asks it, for when it is replaced.
     """
     return _environment.get_template("redis.conf.j2").render(
         addresses=_listen_addresses(config, node),
@@ -85,7 +85,6 @@ def redis_conf(config: Config, node: Node, secrets: Secrets, directory: Path, pr
         primary=primary,
         min_replicas=config.min_replicas_to_write,
         max_lag=MIN_REPLICAS_MAX_LAG,
-        priority=config.node(node.name).priority if primary is None else NEVER_PRIORITY,
         replicas=max(len(config.redis_nodes) - 1, 0),
         settings=[(name, '""' if value == "" else value) for name, value in config.redis.settings.items()],
     )

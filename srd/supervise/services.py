@@ -85,6 +85,7 @@ class Services:
         self._wake = wake
         self._write_children = store.writer("children")
         self._write_initialized = store.writer("initialized")
+        self._write_followed = store.writer("followed")
         self._write_kept = store.writer("kept")
         self._register = Register(paths.run_dir / REGISTER_NAME)
         self._fds = fds
@@ -121,7 +122,7 @@ class Services:
         self._looked = False
         self._adopted_stunnel = False  # and nobody has compared its certificate with the bundle's yet
         self._initialized = False
-        self._follows: bool | None = None  # as it is written down
+        self._follows = False  # as it is written down
         self._by_hand: set[Service] = set()  # ended by a person, to be started again
         self._ending = False
         self._one_pass = asyncio.Lock()
@@ -262,6 +263,7 @@ class Services:
             self._undecided = await asyncio.to_thread(self._first_look)
             self._looked = True
             self._write_initialized(self._initialized)
+            self._write_followed(self._follows)
         await self._adopt_handed()  # again for those of which a pass before could not decide
         for record in list(self._undecided.values()):
             self._decide(record, await asyncio.to_thread(look_up, record))
@@ -284,6 +286,7 @@ class Services:
     def _first_look(self) -> dict[Service, Record]:
         make_own_directory(self._paths.state_dir, TRAVERSABLE_DIRECTORY)
         self._initialized = (self._paths.state_dir / MARKER_NAME).exists()
+        self._follows = (self._paths.state_dir / FOLLOWS_NAME).exists()
         try:
             records = self._register.load()
         except SrdError as error:

@@ -11,11 +11,12 @@ import pytest
 from support.primacies import NAMES, Srd, leader, running, settled, watched, writes, writing
 from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 
-from srd.cluster import DEFAULT_PRIORITY
-from srd.ha.failover import REPLACE_SECONDS
+from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
+from srd.ha.failover import ALIVE_SECONDS, OWN_FENCE_SECONDS, REPLACE_SECONDS
 from srd.ha.redis import FENCED
 from srd.ha.sentinel import SentinelClient
 from srd.model import RefusedError, Role, Service, SrdError
+from srd.reconcile import boottime
 from srd.state import Child, ChildState
 
 
@@ -85,8 +86,9 @@ async def idle(cluster: Cluster) -> None:
             await until(done)
 
 
+@pytest.mark.parametrize("sentinel_gone", [False, True])
 async def test_the_replica_that_has_most_is_promoted_even_if_the_sentinels_saw_that_late(
-    cluster: Cluster, srds: dict[str, Srd]
+    cluster: Cluster, srds: dict[str, Srd], *, sentinel_gone: bool
 ) -> None:
     async with watched(srds, *NAMES):
         # n2 comes first wherever the sentinels see no difference, or n3 does: so each in turn is the one that lags.
@@ -97,6 +99,9 @@ async def test_the_replica_that_has_most_is_promoted_even_if_the_sentinels_saw_t
         primary = raw(cluster, "n1")
         await primary.set("k", "v" * 1000)
         await primary.aclose()
+        if sentinel_gone:
+            cluster.send(f"sentinel-{ahead}", signal.SIGSTOP)
+            await srds["n1"].until(lambda view: ahead in view.silent)
         cluster.kill("redis-n1")
         srds["n1"].redis_died()
         successor = await leader(srds, ("n2", "n3"))
@@ -104,6 +109,65 @@ async def test_the_replica_that_has_most_is_promoted_even_if_the_sentinels_saw_t
         async with redis_client(cluster, lagging) as client:
             await client._do(("CONFIG", "SET", "masterauth", "replication"), seconds=1)
         await writes(cluster, ahead)
+
+
+async def test_a_primary_whose_srd_was_gone_before_it_is_replaced_once_its_own_fence_has_fallen(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, "n2", "n3"):
+        async with running(srds["n1"]):
+            await srds["n1"].until(lambda _: srds["n1"].leads())
+        await silent_for(srds["n2"], "n1", 2 * ALIVE_SECONDS)
+        began = time.monotonic()
+        cluster.kill("redis-n1")
+        successor = await leader(srds, ("n2", "n3"), 30)
+        led = time.monotonic() - began
+        show(says_yes=led)
+        assert OWN_FENCE_SECONDS < led < OWN_FENCE_SECONDS + 3.0, "at the first attempt"
+        await writes(cluster, successor.name)
+
+
+async def silent_for(srd: Srd, peer: str, seconds: float) -> None:
+    """Wait until a peer's srd has said nothing for so long."""
+
+    async def silent() -> bool:
+        return boottime() - srd.store.view().peers[peer].received > seconds
+
+    await until(silent)
+
+
+async def test_a_primary_that_was_replaced_is_not_promoted_before_it_has_what_its_successor_has(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES), redis_client(cluster, "n1") as former:
+        await former._do(("CONFIG", "SET", "masterauth", "wrong"), seconds=1)
+        async with sentinel_client(cluster, "n2") as told:
+            await told.fail_over()
+        await leader(srds, ("n2", "n3"))
+        view = await srds["n1"].until(lambda view: view.redis is not None and view.redis.role is Role.REPLICA)
+        assert view.redis is not None
+        assert (view.redis.link_up, view.redis.priority) == (False, NEVER_PRIORITY)
+        await former._do(("CONFIG", "SET", "masterauth", "replication"), seconds=1)
+        await srds["n1"].until(lambda view: view.redis is not None and view.redis.priority == DEFAULT_PRIORITY)
+
+
+async def test_a_primary_that_was_replaced_while_its_srd_was_gone_follows_with_a_copy_kept(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, "n2", "n3"):
+        async with running(srds["n1"]):
+            await srds["n1"].until(lambda _: srds["n1"].leads())
+        for what in ("redis-n1", "sentinel-n1"):
+            cluster.send(what, signal.SIGSTOP)
+        successor = await leader(srds, ("n2", "n3"), 30)
+        following = Srd(cluster, "n1", srds)
+        following.write_followed(False)
+        async with running(following):
+            await following.until(lambda view: view.named == cluster.endpoint(successor.name))
+            assert following.primacy.deposed
+            cluster.send("redis-n1", signal.SIGCONT)
+            await following.until(lambda view: view.redis is not None and view.redis.role is Role.REPLICA)
+            assert following.kept == 1
 
 
 async def test_without_the_srd_of_the_dead_primary_it_is_sentinels_own_failover(
@@ -212,9 +276,9 @@ async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(
             await settled(cluster, cluster.endpoint(target))
             assert srds[target].leads()
             leading = target
-        for name in NAMES:
-            async with redis_client(cluster, name) as client:
-                assert (await client.observe()).priority == DEFAULT_PRIORITY
+        for name, srd in srds.items():
+            priority = NEVER_PRIORITY if name == leading else DEFAULT_PRIORITY
+            await srd.until(lambda view, told=priority: view.redis is not None and view.redis.priority == told)
 
 
 async def test_clients_are_cut_off_when_the_successor_leads_and_not_before(

@@ -44,6 +44,7 @@ class Srd:
         self.write_children = self.store.writer("children")
         self.write_peers = self.store.writer("peers")
         self.write_drained = self.store.writer("drained")
+        self.write_followed = self.store.writer("followed")
         self.write_pause = self.store.writer("pause")
         self.alive()
         self.primacy = Primacy(
@@ -83,7 +84,8 @@ class Srd:
         known, redis = self.store.view().peers, other.store.view().redis
         role, offset = (redis.role, redis.offset) if redis is not None else (Role.UNKNOWN, None)
         word = PeerReport(other.name, boottime(), "0", initialized=True, role=role, healthy=True, offset=offset)
-        word = replace(word, drained=other.store.view().drained)
+        replid = redis.replid if redis is not None else ""
+        word = replace(word, drained=other.store.view().drained, replid=replid)
         self.write_peers({**known, other.name: word})
 
     def alive(self) -> None:

@@ -82,7 +82,7 @@ async def test_what_is_lost_is_forgotten(node: Node) -> None:
     await node.ledger.note()
     node.stop_redis()
     node.log.with_name("appendonly.aof.manifest").unlink()
-    assert not node.ledger.holds_data()
+    assert not await node.ledger.holds_data()
     stock = await node.ledger.stock()
     assert (stock.data, stock.epoch) == (False, UNKNOWN_EPOCH)
     assert not (node.paths.state_dir / "progress.json").exists()

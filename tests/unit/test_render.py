@@ -77,9 +77,9 @@ def test_no_source_address_is_fixed_where_nodes_lead_with_different_families() -
     assert "bind-source-addr" not in text
 
 
-def test_a_redis_that_starts_as_a_replica_is_not_to_be_promoted_yet() -> None:
-    assert "replica-priority 0" in redis_lines(config_of(), OTHER)
-    assert "replica-priority 100" in redis_lines(config_of())
+def test_no_redis_is_to_be_promoted_before_it_has_been_in_step() -> None:
+    for primary in (OTHER, None):
+        assert "replica-priority 0" in redis_lines(config_of(), primary)
 
 
 def test_a_replica_follows_and_a_primary_does_not() -> None:
