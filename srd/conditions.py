@@ -40,6 +40,7 @@ class Code(enum.StrEnum):
     CHILD_SILENT = "child_silent"
     CHILD_FLAPPING = "child_flapping"
     CHILD_WAITING = "child_waiting"
+    CHILD_OUTDATED = "child_outdated"
     DISK_TROUBLE = "disk_trouble"
     SAVING_FAILS = "saving_fails"
     NO_PERSISTENCE = "no_persistence"
@@ -134,6 +135,9 @@ def _service_conditions(s: Situation) -> list[Condition]:
             if ends >= FLAPPING_ENDS:
                 text = f"it ended {ends} times in {FLAPPING_SECONDS:.0f} s, at last: {child.last_exit}"
                 found.append(Condition(Code.CHILD_FLAPPING, Severity.WARNING, service, text))
+        if child is not None and child.outdated:
+            text = f"it runs by a former cluster.toml; srd restart {service} has it start by the present one"
+            found.append(Condition(Code.CHILD_OUTDATED, Severity.WARNING, service, text))
         if child is not None and child.state is ChildState.READY:
             continue
         if child is not None and child.symptom is not None:
@@ -143,7 +147,7 @@ def _service_conditions(s: Situation) -> list[Condition]:
         elif child is not None and child.waiting_for:
             found.append(Condition(Code.CHILD_WAITING, Severity.CRITICAL, service, f"waits: {child.waiting_for}"))
         else:
-            state = child.state if child is not None else ChildState.STOPPED
+            state = child.in_words if child is not None else ChildState.STOPPED
             last = f", last end: {child.last_exit}" if child is not None and child.last_exit else ""
             found.append(Condition(Code.CHILD_DOWN, Severity.CRITICAL, service, f"it is {state}{last}"))
     return found

@@ -231,9 +231,7 @@ class Duties:
             view = await self._store.wait_for(ready, seconds)
         except TimeoutError:
             child = self._view().children[service]
-            reason = f"it is {child.state} after {seconds:g} s" + (
-                f", and waits for {child.waiting_for}" if child.waiting_for else ""
-            )
+            reason = f"after {seconds:g} s it is {child.in_words}"
             raise TimedOutError("restart", service, reason, "srd children says more") from None
         return view.children[service].pid or 0
 
@@ -256,8 +254,8 @@ class Duties:
 
     @property
     def longest_stop(self) -> float:
-        """How many seconds `stop` may take."""
-        return LONGEST_LEAVE_SECONDS + self._services.longest_stop
+        """How many seconds `stop` may take, a pass that it has to wait for included."""
+        return LONGEST_LEAVE_SECONDS + PASS_SECONDS + self._services.longest_stop
 
     def release(self) -> None:
         """Let go of the children without ending them."""

@@ -29,7 +29,8 @@ SRD: Final = "srd"
 
 # What is so for long, and is neither better nor worse after a restart.
 ENDURING: Final = frozenset({
-    Code.IPSEC_OFF, Code.NO_SECOND_NET, Code.CERTIFICATE_EXPIRING, Code.BUNDLE_CHANGED, Code.DRAINED, Code.PAUSED,
+    Code.IPSEC_OFF, Code.NO_SECOND_NET, Code.CERTIFICATE_EXPIRING, Code.BUNDLE_CHANGED, Code.CHILD_OUTDATED,
+    Code.DRAINED, Code.PAUSED,
 })  # fmt: skip
 
 

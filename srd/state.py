@@ -52,8 +52,17 @@ class Child:
     last_exit: str | None = None
     retry_at: float | None = None
     waiting_for: str | None = None
+    complaint: str | None = None  # what its probe says, of one that runs
+    outdated: bool = False  # it was started by another cluster.toml than srd's
     symptom: Symptom | None = None
     lately: tuple[float, ...] = ()
+
+    @property
+    def in_words(self) -> str:
+        """Its state, and what keeps it from being ready, as far as that is known."""
+        if self.waiting_for:
+            return f"{self.state}, it waits for {self.waiting_for}"
+        return f"{self.state}: {self.complaint}" if self.complaint else str(self.state)
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ def _children(document: Document) -> None:
             cell(child.get("adopted")),
             cell(", ".join(f"{number} {cause}" for cause, number in child.get("exits", {}).items())),
             cell(child.get("last_exit")),
-            cell(child.get("waiting_for")),
+            cell(child.get("waiting_for") or child.get("complaint")),
         ]
         for child in document["children"]
     ]

@@ -193,6 +193,7 @@ def _children(s: Situation) -> list[Document]:
                 "last_exit": child.last_exit,
                 "retry_in_seconds": _seconds(max(0.0, child.retry_at - s.now)) if child.retry_at is not None else None,
                 "waiting_for": child.waiting_for,
+                "complaint": child.complaint,
                 "symptom": child.symptom,
             }
         )

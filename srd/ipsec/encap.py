@@ -102,7 +102,7 @@ class Encapsulation:
             self._sockets.popitem()[1].close()
 
     def _keep_holders(self, wanted: Sequence[Endpoint]) -> None:
-        self._children = {pid for pid in self._children if os.waitpid(pid, os.WNOHANG) == (0, 0)}
+        self._children = {pid for pid in self._children if _runs(pid)}
         by_port: dict[int, list[Endpoint]] = {}
         for endpoint in wanted:
             by_port.setdefault(endpoint.port, []).append(endpoint)
@@ -115,6 +115,13 @@ class Encapsulation:
             if path not in {holder_file(self._run_dir, port) for port in by_port}:
                 end_holder(path)
                 path.unlink(missing_ok=True)
+
+
+def _runs(child: int) -> bool:
+    try:
+        return os.waitpid(child, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False  # as the first process of a container, srd may have collected it with the orphans
 
 
 def holder_file(run_dir: Path, port: int) -> Path:

@@ -37,6 +37,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     argv_hash: str
     started: float
     restarts: int = 0
+    settings: str = ""  # a digest of what cluster.toml said for it; empty if that is not known
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -184,7 +185,14 @@ class Register:
 
 
 def record_of(
-    service: Service, pid: int, argv: tuple[str, ...], *, started: float, restarts: int, proc: Path = _PROC
+    service: Service,
+    pid: int,
+    argv: tuple[str, ...],
+    *,
+    started: float,
+    restarts: int,
+    settings: str = "",
+    proc: Path = _PROC,
 ) -> Record:
     """Describe a child that runs now, as it will be looked up later."""
     try:
@@ -199,4 +207,5 @@ def record_of(
         argv_hash=argv_hash(argv),
         started=started,
         restarts=restarts,
+        settings=settings,
     )

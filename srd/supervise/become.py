@@ -53,7 +53,10 @@ def in_own_thread(act: Callable[[], T], name: str) -> T:
             errors.append(error)
 
     thread = threading.Thread(target=body, name=name)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # CPython's for EAGAIN of clone(2)
+        raise SrdError("start a thread", name, "the system allows no more", "raise TasksMax= of srd.service") from error
     thread.join()
     if errors:
         raise errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import structlog
 
 from srd.cluster import Config, Node
@@ -87,6 +89,21 @@ class Launcher:
         except ConfigError:
             return None
 
+    def settings(self, service: Service) -> str:
+        """Return a digest of what cluster.toml says that the service gets by a start alone, not by a reload.
+
+        Empty for sentinel: its file is its own, and what is set in it another way is the doctor's business.
+        """
+        config, addresses = self._config, [str(address) for address in self._node.addresses]
+        if service is Service.SENTINEL:
+            return ""
+        said: list[object] = [addresses, config.redis.port]
+        if service is Service.REDIS:
+            said += [config.listen_localhost, msgspec.structs.replace(config.redis, stop_grace=1.0)]
+        else:
+            said += [config.tls]
+        return hashlib.sha256(msgspec.json.encode(said)).hexdigest()
+
     def launch(self, service: Service, start: Start, restarts: int) -> Running:
         """Write the service's files, start it and record it; `SrdError` says why not."""
         program = programs.find_program(self._config, service)
@@ -113,7 +130,9 @@ class Launcher:
     def _record(self, service: Service, started: Started, argv: tuple[str, ...], restarts: int) -> Running:
         now = boottime()
         try:
-            self._register.put(record_of(service, started.pid, argv, started=now, restarts=restarts))
+            settings = self.settings(service)
+            record = record_of(service, started.pid, argv, started=now, restarts=restarts, settings=settings)
+            self._register.put(record)
         except SrdError:
             # A child that the next srd would not know is worse than none.
             send_signal(started.pid, started.pidfd, signal.SIGKILL)

@@ -1,9 +1,9 @@
 """What srd inherits as the first process of a container: processes whose own parent has ended.
 
 The kernel gives them to process 1: a child of redis that outlives it, what `docker exec` leaves behind. When such a
-process ends it stays a zombie, with a place in the process table, until process 1 asks for its status. srd's own
-children are asked for theirs by whoever started them, within milliseconds. So nobody but srd itself will ask for one
-that has been a zombie for `GRACE_SECONDS`, and its status means nothing to anyone.
+process ends it stays a zombie, with a place in the process table, until process 1 asks for its status. Of srd's own
+children, those whose status means something are asked for it within milliseconds, by whoever started them. So the
+status of one that has been a zombie for `GRACE_SECONDS` means nothing to anyone.
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ class Process:
             exits=self._tally.causes,
             last_exit=self._tally.last,
             retry_at=self._retry_at,
-            waiting_for=self.waiting_for or (f"an answer ({self._complaint})" if self._complaint else None),
+            waiting_for=self.waiting_for,
+            complaint=self._complaint,
+            outdated=running.outdated if running else False,
             symptom=self._care.symptom,
             lately=self._tally.lately,
         )
@@ -130,11 +132,14 @@ class Process:
     async def hang_up(self) -> None:
         """Have the child read its files again (SIGHUP); return when its probe is content with what it does then.
 
-        `SrdError` says what it still complains of after `Timing.hang_up`.
+        `SrdError` says what it still complains of after `Timing.hang_up`, or that it has ended.
         """
+        running = self._running
         self._signal(signal.SIGHUP)
         deadline = boottime() + self._timing.hang_up
         while (complaint := (await self._question())[0]) is not None:
+            if self._running is not running:
+                raise SrdError("reload", self.service, "it has ended meanwhile; it is started with the new files")
             if boottime() >= deadline:
                 raise SrdError("reload", self.service, complaint, f"srd logs {self.service} may say why")
             await self._ended_within(_PROBE_PAUSE_FIRST)
@@ -142,7 +147,9 @@ class Process:
     async def stop(self, grace: float) -> None:
         """End the child: SIGTERM, after `grace` seconds SIGKILL; `SrdError` when even that does not end it."""
         if self._launching is not None:
-            await asyncio.wait({self._launching})
+            await asyncio.wait({self._launching}, timeout=self._timing.launch_timeout)
+        if self._launching is not None:
+            raise SrdError("stop", self.service, "it is still being started; its disk may hang")
         self._apply(Event.STOP)
         for patience, event in ((grace, Event.GRACE_OVER), (self._timing.kill_timeout, None)):
             try:

@@ -16,6 +16,7 @@ class Timing:
     probe_interval: float = 2.0
     probe_failures: int = 3
     kill_timeout: float = 5.0
+    launch_timeout: float = 30.0  # of a start that a stop meets: files are written, and redis' may be looked into
     hung_after: float = 30.0
     hung_grace: float = 2.0
     slow_limit: float = 600.0
@@ -31,6 +32,7 @@ class Running:
     started: float
     restarts: int
     adopted: bool
+    outdated: bool = False  # it was started by another cluster.toml
 
 
 def pidfd_name(service: Service) -> str:

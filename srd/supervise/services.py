@@ -121,6 +121,7 @@ class Services:
         self._keeping: asyncio.Future[None] | None = None
         self._looked = False
         self._adopted_stunnel = False  # and nobody has compared its certificate with the bundle's yet
+        self._unwritten = ""
         self._initialized = False
         self._follows = False  # as it is written down
         self._by_hand: set[Service] = set()  # ended by a person, to be started again
@@ -175,8 +176,7 @@ class Services:
                     await process.start(partial(self._launcher.launch, service, start))
                 elif process.state in RUNNING:
                     await process.stop(self.grace(service))
-            await self._note_joined()
-            await self._note_following()
+            await self._note_down()
             self._publish()
             redis = self._processes.get(Service.REDIS)
             if redis is not None and (pid := redis.snapshot().pid) != self._kept_shown_for:
@@ -247,8 +247,9 @@ class Services:
 
     @property
     def longest_stop(self) -> float:
-        """How many seconds `stop_all` may take, if every child must be killed."""
-        return sum(self.grace(service) + self._timing.kill_timeout for service in self._processes)
+        """How many seconds `stop_all` may take from when no pass is under way, if every child must be killed."""
+        timing = self._timing
+        return sum(self.grace(name) + timing.launch_timeout + timing.kill_timeout for name in self._processes)
 
     def _changed(self) -> None:
         self._publish()
@@ -312,7 +313,10 @@ class Services:
     def _take_over(self, record: Record, pidfd: int) -> None:
         if record.argv_hash != self._launcher.argv_hash(record.service):
             log.info("a child runs with other arguments than it would get now", service=record.service)
-        running = Running(record.pid, pidfd, started=record.started, restarts=record.restarts, adopted=True)
+        outdated = record.settings not in ("", self._launcher.settings(record.service))
+        if outdated:
+            log.warning("a child runs by a former cluster.toml", service=record.service)
+        running = Running(record.pid, pidfd, record.started, record.restarts, adopted=True, outdated=outdated)
         self._processes[record.service].adopt(running)
         self._adopted_stunnel |= record.service is Service.STUNNEL
 
@@ -331,6 +335,16 @@ class Services:
         if record is None:
             return None
         return f"the end of pid {record.pid}, which may be the {service} of an earlier srd; nobody can tell, so end it"
+
+    async def _note_down(self) -> None:
+        """Write down what the next srd is to know. A disk that takes nothing is a condition, and stops nothing."""
+        for note in (self._note_joined, self._note_following):
+            try:
+                await note()
+            except SrdError as error:
+                if str(error) != self._unwritten:
+                    log.warning("not written down", error=str(error))
+                self._unwritten = str(error)
 
     async def _note_joined(self) -> None:
         """Write down, once, that this node is part of the cluster: from then on its sentinel starts first."""

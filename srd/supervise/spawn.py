@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,12 @@ def spawn(command: Command) -> Started:
     try:
         pid = in_own_thread(body, f"spawn {command.argv[0]}")
         # Nobody but srd may reap it, so the number is still its own.
-        return Started(pid, os.pidfd_open(pid))
+        try:
+            return Started(pid, os.pidfd_open(pid))
+        except OSError:  # no descriptor is left: nobody would know of it
+            command.owner.do(lambda: os.kill(pid, signal.SIGKILL))
+            os.waitpid(pid, 0)
+            raise
     except (OSError, subprocess.SubprocessError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise SrdError("start", str(command.program), reason) from error

@@ -204,6 +204,7 @@ def _child(child: Child) -> Document:
         "restarts": child.restarts,
         "last_exit": child.last_exit,
         "waiting_for": child.waiting_for,
+        "complaint": child.complaint,
     }
 
 

@@ -237,8 +237,7 @@ def _redis(s: Situation) -> Verdict | None:
     if child is None:
         return _no(ErrorCode.STARTING, "redis is not started yet")
     if child.state in (ChildState.STOPPED, ChildState.BACKOFF, ChildState.STOPPING):
-        waits = f", it waits for {child.waiting_for}" if child.waiting_for else ""
-        return _no(ErrorCode.STARTING if _coming(child) else ErrorCode.REDIS_DOWN, f"redis is {child.state}{waits}")
+        return _no(ErrorCode.STARTING if _coming(child) else ErrorCode.REDIS_DOWN, f"redis is {child.in_words}")
     redis = s.view.redis
     # An answer of a former process says nothing about this one.
     if redis is None or (child.started is not None and redis.answered < child.started):
@@ -269,8 +268,7 @@ def _child(s: Situation, service: Service, code: ErrorCode) -> Verdict | None:
         return _no(ErrorCode.STARTING, f"{service} is not started yet")
     if child.state is ChildState.READY:
         return None
-    waits = f", it waits for {child.waiting_for}" if child.waiting_for else ""
-    return _no(ErrorCode.STARTING if _coming(child) else code, f"{service} is {child.state}{waits}")
+    return _no(ErrorCode.STARTING if _coming(child) else code, f"{service} is {child.in_words}")
 
 
 def _stunnel(s: Situation) -> Verdict | None:

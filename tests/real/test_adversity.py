@@ -86,6 +86,24 @@ def test_on_a_read_only_disk_what_ended_comes_back_when_it_can_be_written_to(sma
     assert node.show("srd", "NRestarts") == "0"
 
 
+def test_a_srd_that_is_started_again_on_a_disk_that_takes_nothing_supervises_what_runs(small_disk: Machine) -> None:
+    node, before = small_disk, pids(small_disk)
+    # redis has its files open for writing, so the disk stays what it is, and srd sees it read-only.
+    node.write("/etc/systemd/system/srd.service.d/read-only.conf", f"[Service]\nReadOnlyPaths={STATE}\n")
+    node.run("systemctl", "daemon-reload")
+    node.run("systemctl", "restart", "srd")
+    node.wait(lambda: "read-only" in conditions(node).get("disk_trouble", ""), "srd notices")
+    assert healthy(node)
+    assert pids(node) == before
+    assert node.show("srd", "ActiveState") == "active"
+    node.run("rm", "/etc/systemd/system/srd.service.d/read-only.conf")
+    node.run("systemctl", "daemon-reload")
+    node.run("systemctl", "restart", "srd")
+    node.wait(lambda: healthy(node) and not conditions(node), "nothing is wrong any more")
+    assert pids(node) == before
+    assert node.show("srd", "NRestarts") == "0"
+
+
 def mounted(node: Machine, how: str) -> bool:
     remount = ("mount", "-o", f"remount,{how}", STATE)
     return node.run("sh", "-c", f"{shlex.join(remount)} 2>&1 && echo done", check=False).endswith("done\n")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +92,20 @@ async def test_a_holder_that_is_killed_is_replaced_and_srds_own_sockets_stand_me
     await kept.reconcile()
     assert holder_of(run_dir, port) != pid
     kept.close()
+
+
+async def test_a_holder_that_was_collected_with_a_containers_orphans_is_replaced_too(
+    run_dir: Path,
+) -> None:
+    (port,) = free_ports(1)
+    holding = made(run_dir, port)
+    await holding.reconcile()
+    pid = holder_of(run_dir, port)
+    os.kill(pid, signal.SIGKILL)
+    await asyncio.to_thread(os.waitpid, pid, 0)
+    await holding.reconcile()
+    assert holder_of(run_dir, port) != pid
+    holding.close()
 
 
 async def test_ports_come_and_go_each_with_its_holder_and_no_other_is_touched(run_dir: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -154,11 +155,38 @@ async def test_a_child_that_never_answers_is_shown_and_not_killed(world: World, 
         pid = await it.start()
         child = await it.in_state(ChildState.DEGRADED)
         assert child.pid == pid
-        assert child.waiting_for is not None
-        assert shown in child.waiting_for
+        assert child.complaint is not None
+        assert shown in child.complaint
         it.health.complaint, it.health.hang = None, False
         child = await it.in_state(ChildState.READY)
-        assert (child.pid, child.waiting_for) == (pid, None)
+        assert (child.pid, child.complaint) == (pid, None)
+
+
+async def test_a_child_that_ends_of_what_it_is_told_is_not_waited_for(world: World) -> None:
+    async with observed(world, replace(FAST, hang_up=2 * PATIENCE)) as it:
+        await it.start()
+        await it.in_state(ChildState.READY)
+        it.health.complaint = "not yet"
+        with pytest.raises(SrdError, match="it has ended meanwhile"):  # the shell has no handler for SIGHUP
+            await asyncio.wait_for(it.process.hang_up(), PATIENCE)
+        assert it.process.snapshot().last_exit == "killed by SIGHUP"
+
+
+async def test_a_stop_that_meets_a_start_which_hangs_says_so(world: World) -> None:
+    hanging, over = threading.Event(), threading.Event()
+
+    def gate() -> None:
+        hanging.set()
+        over.wait(PATIENCE)
+
+    world.gate = gate
+    async with observed(world, replace(FAST, launch_timeout=0.1)) as it:
+        starting = asyncio.create_task(it.process.start(world.launch))
+        await asyncio.to_thread(hanging.wait, PATIENCE)
+        with pytest.raises(SrdError, match="it is still being started"):
+            await it.process.stop(0)
+        over.set()
+        await starting
 
 
 async def test_a_ready_child_may_miss_some_probes_before_it_is_degraded(world: World) -> None:

@@ -11,12 +11,13 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import redis.exceptions
 from support.nodes import PATIENCE, QUICK, Member, Supervised, eventually, freeze, world
 
 from srd.desired import Start
@@ -385,6 +386,37 @@ async def test_a_random_walk_always_ends_with_everything_ready_once_each() -> No
 async def counts_one_of_each(member: Member) -> bool:
     """Whether exactly one process was started from each configuration file of this node."""
     return processes_below(member.paths.state_dir.parent) == len(Service)
+
+
+@contextlib.contextmanager
+def memory_of(pid: int, more: int) -> Iterator[None]:
+    """Let a process have so many bytes more than it has, and no others: the kernel kills it where it wants them."""
+    parent = Path("/sys/fs/cgroup/memory")  # control groups version 1
+    limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    if not parent.is_dir():
+        parent, limit, usage = parent.parent, "memory.max", "memory.current"
+    group = parent / f"srd-test-{pid}"
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(pid))
+        (group / limit).write_text(str(int((group / usage).read_text()) + more))
+        yield
+    finally:
+        group.rmdir()
+
+
+async def test_a_child_that_the_kernel_kills_for_want_of_memory_is_counted_as_that() -> None:
+    with world() as (member,):
+        async with member.supervised() as node:
+            await node.all_ready()
+            before = node.pid(Service.REDIS)
+            with memory_of(before, 32 << 20):
+                with contextlib.suppress(redis.exceptions.ConnectionError):  # the client may ask the next one again
+                    await member.ask("SETRANGE", "large", str(200 << 20), "x")
+                view = await node.until(lambda view: view.children[Service.REDIS].pid not in (before, None))
+            child = view.children[Service.REDIS]
+            assert dict(child.exits) == {"oom": 1}
+            assert child.last_exit == "the kernel was out of memory (killed by SIGKILL)"
 
 
 async def test_cancelling_a_pass_loses_no_child() -> None:

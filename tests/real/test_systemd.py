@@ -158,6 +158,27 @@ def test_a_cluster_toml_that_is_wrong_ends_no_supervision(node: Machine) -> None
     assert conditions(node) == {}
 
 
+def test_a_redis_that_runs_by_a_former_file_is_said_until_it_is_started_anew(node: Machine) -> None:
+    before, file = pids(node), node.run("cat", "/etc/srd/cluster.toml")
+    node.write("/etc/srd/cluster.toml", file + '[redis]\nsettings = { maxmemory = "64mb" }\n')
+    try:
+        former = node.show("srd", "MainPID")
+        node.run("systemctl", "restart", "srd")
+        node.wait(lambda: back(node, former), "the next srd does its job")
+        assert pids(node) == before
+        assert "srd restart redis" in conditions(node)["child_outdated"]
+        node.run("srd", "restart", "redis", "--force")
+        assert conditions(node) == {}
+        assert ask(node, "CONFIG", "GET", "maxmemory").split() == ["maxmemory", str(64 << 20)]
+    finally:
+        node.write("/etc/srd/cluster.toml", file)
+    former = node.show("srd", "MainPID")
+    node.run("systemctl", "restart", "srd")
+    node.wait(lambda: back(node, former), "the next srd does its job")
+    node.run("srd", "restart", "redis", "--force")
+    assert conditions(node) == {}
+
+
 def test_a_port_that_somebody_holds_is_waited_for_by_a_node_that_has_had_it(node: Machine) -> None:
     before = pids(node)
     node.run("/opt/srd/bin/srd", "stop", "--keep-data-path")
