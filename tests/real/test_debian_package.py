@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.timeout(BUILD_SECONDS + 120)
 
 @dataclass(frozen=True)
 class Packages:
-    """Two packages, one with a higher version than the other."""
+    """Two packages, the next one of a checkout that is a day later."""
 
     first: Path
     next: Path
@@ -37,18 +38,19 @@ class Packages:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Packages:
-    directory = tmp_path_factory.mktemp("packages")
+    commit = ("git", "-C", str(CHECKOUT), "log", "-1", "--format=%ct")
+    moment = int(subprocess.run(commit, check=True, capture_output=True, text=True).stdout)
+    return Packages(*(built(tmp_path_factory.mktemp("package"), moment + days * 86400) for days in (0, 1)))
+
+
+def built(directory: Path, moment: int) -> Path:
+    """Build a package of this checkout, as of a moment."""
     build = (CHECKOUT / "packaging/build-deb", directory)
-    built = subprocess.run(build, check=False, capture_output=True, text=True, timeout=BUILD_SECONDS)
-    assert built.returncode == 0, built.stderr
-    (first,) = directory.glob("srd_*.deb")
-    unpacked = directory / "next"
-    subprocess.run(("dpkg-deb", "--raw-extract", first, unpacked), check=True)
-    control = unpacked / "DEBIAN/control"
-    control.write_text(control.read_text().replace("\nVersion: ", "\nVersion: 1:"))
-    following = directory / "next.deb"
-    subprocess.run(("dpkg-deb", "--root-owner-group", "-Znone", "--build", unpacked, following), check=True)
-    return Packages(first, following)
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(moment)}
+    done = subprocess.run(build, check=False, capture_output=True, text=True, timeout=BUILD_SECONDS, env=environment)
+    assert done.returncode == 0, done.stderr
+    (package,) = directory.glob("srd_*.deb")
+    return package
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +114,16 @@ def test_enabled_and_started_it_does_its_job_and_is_whole(node: Machine) -> None
     assert set(node.run("find", "/usr/lib/srd").splitlines()) <= kept
 
 
+def version(node: Machine) -> str:
+    return node.run("dpkg-query", "-W", "-f", "${Version}", "srd")
+
+
 def test_an_upgrade_keeps_the_children_and_no_check_is_refused(node: Machine) -> None:
-    before, former = pids(node), node.show("srd", "MainPID")
+    before, former, former_version = pids(node), node.show("srd", "MainPID"), version(node)
     with Checks(node) as checks:
         apt(node, "install", "/root/next.deb")
         node.wait(lambda: back(node, former), "the next srd does its job")
-    assert node.run("dpkg-query", "-W", "-f", "${Version}", "srd").startswith("1:")
+    assert version(node) > former_version
     assert pids(node) == before
     assert len(checks.statuses) > checks.refused() == 0
     assert node.show("srd", "UnitFileState") == "enabled"
