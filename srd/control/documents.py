@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from srd.cluster import Node
 from srd.conditions import Condition, Severity, conditions
+from srd.findings import Finding
 from srd.members import Member
 from srd.members import members as known_members
 from srd.model import Endpoint, IpsecMode, NodeKind, Role
-from srd.state import ChildState, Finding, Situation, services_of
+from srd.state import ChildState, Situation, services_of
 
 SCHEMA: Final = 1
 

@@ -26,10 +26,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from srd.cluster import Config, Node
+from srd.findings import Cure, Finding, Trouble
 from srd.ha.lease import FAILOVER_FLAG, endpoint_of
 from srd.ha.patient import Account, ListedSentinel, wanted_settings
 from srd.model import Endpoint, Role
-from srd.state import Cure, Finding, Redis, Trouble
+from srd.state import Redis
 
 # A hello comes every 2 s at Sentinel's own pace, every 0.5 s at srd's, and by two ways.
 HELLO_LIVES_SECONDS: Final = 6.0

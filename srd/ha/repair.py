@@ -31,6 +31,7 @@ from typing import Final
 import structlog
 
 from srd.cluster import Config, Node
+from srd.findings import Cure, Finding, Trouble
 from srd.ha import doctor
 from srd.ha.doctor import Look
 from srd.ha.patient import Account, Patient, wanted_settings
@@ -38,7 +39,6 @@ from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.model import Endpoint, RefusedError, Secrets, SrdError
 from srd.reconcile import boottime
-from srd.state import Cure, Finding, Trouble
 
 log = structlog.get_logger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -19,9 +18,10 @@ import structlog
 from srd.model import NoAnswerError, PermissionRefusedError, Service, SrdError
 from srd.reconcile import boottime
 from srd.state import Child, ChildState
+from srd.supervise.backoff import Backoff
 from srd.supervise.become import send_signal
 from srd.supervise.care import Care
-from srd.supervise.machine import RUNNING, Action, Event, failures_after, restart_pause, transition
+from srd.supervise.machine import RUNNING, Action, Event, transition
 from srd.supervise.pulse import Remedy
 from srd.supervise.running import Running, Timing, pidfd_name
 from srd.supervise.tally import NOT_STARTED, UNSEEN, End, Tally, end_of, oom_kills
@@ -69,10 +69,8 @@ class Process:
         self._ended = asyncio.Event()
         self._ended.set()
         self._alive = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
         self._ready_since: float | None = None
-        self._retry_at: float | None = None
-        self._failures = 0
+        self._backoff = Backoff(lambda: self._apply(Event.PAUSE_OVER))
         self._restarts = 0
         self._launched_before = False
         self._released = False
@@ -104,7 +102,7 @@ class Process:
             restarts=self._restarts,
             exits=self._tally.causes,
             last_exit=self._tally.last,
-            retry_at=self._retry_at,
+            retry_at=self._backoff.until,
             waiting_for=self.waiting_for,
             complaint=self._complaint,
             outdated=running.outdated if running else False,
@@ -164,13 +162,12 @@ class Process:
 
     def retry(self) -> None:
         """End the pause after the last end, if there is one."""
-        if self._timer is not None:
-            self._pause_over()
+        self._backoff.cut_short()
 
     def release(self) -> None:
         """Let go of the child without ending it: the last call, when srd ends and the child shall live on."""
         self._released = True
-        self._end_pause()
+        self._backoff.cancel()
         if self._running is not None:
             asyncio.get_running_loop().remove_reader(self._running.pidfd)
             os.close(self._running.pidfd)
@@ -305,9 +302,9 @@ class Process:
             log.warning("child is killed", service=self.service, pid=self.pid)
             self._signal(signal.SIGKILL)
         elif action is Action.PAUSE:
-            self._pause()
+            self._backoff.begin()
         elif action is Action.END_PAUSE:
-            self._end_pause()
+            self._backoff.cancel()
 
     def _spawn(self) -> None:
         if self._launch is None:
@@ -386,7 +383,7 @@ class Process:
         now = boottime()
         self._tally.note(end, None if expected or end.label == NOT_STARTED else now)
         ready = now - self._ready_since if self._ready_since is not None else None
-        self._failures = 0 if expected else failures_after(self._failures, ready)
+        self._backoff.ended(ready, expected=expected)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._running is None:
@@ -400,18 +397,3 @@ class Process:
             raise PermissionRefusedError(
                 "end", who, "srd may not become its user", "start srd by its systemd unit"
             ) from error
-
-    def _pause(self) -> None:
-        pause = restart_pause(self._failures, random.uniform(-1, 1))  # noqa: S311 - jitter
-        self._retry_at = boottime() + pause
-        self._timer = asyncio.get_running_loop().call_later(pause, self._pause_over)
-
-    def _pause_over(self) -> None:
-        self._end_pause()
-        self._apply(Event.PAUSE_OVER)
-
-    def _end_pause(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
-        self._retry_at = None

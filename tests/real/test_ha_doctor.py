@@ -24,6 +24,7 @@ from srd.actions import DutyActions
 from srd.cluster import Node
 from srd.control.server import ControlServer
 from srd.duties import Duties
+from srd.findings import Cure, Finding, Trouble
 from srd.ha.doctor import Look, not_listed
 from srd.ha.patient import Account, Patient
 from srd.ha.repair import Doctor, Examination
@@ -31,7 +32,7 @@ from srd.ha.resp import RespError
 from srd.ha.restart import patience_seconds
 from srd.model import Body, NoAnswerError, NodeKind, Paths, RefusedError, Role, SrdError
 from srd.reconcile import boottime
-from srd.state import Cure, Finding, Situation, Store, Trouble
+from srd.state import Situation, Store
 from srd.systemd import FdStore, Notifier
 
 NAMES = ("n1", "n2", "n3")

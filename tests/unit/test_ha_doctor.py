@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from support.situations import at, config, primary_redis
 
 from srd.cluster import Config
+from srd.findings import Cure, Finding, Trouble
 from srd.ha import doctor
 from srd.ha.doctor import HELLO_LIVES_SECONDS, Look
 from srd.ha.patient import Account, ListedSentinel, wanted_settings
 from srd.model import Role, Secret, Secrets
-from srd.state import Cure, Finding, Trouble
 from srd.supervise.render import sentinel_conf
 
 CONFIG = config()

@@ -9,8 +9,9 @@ import pytest
 from support.situations import WALL, arbiter_situation, primary_situation, replica_situation, with_child
 
 from srd.conditions import CHANNEL_HOLD_SECONDS, Code, Severity, conditions
+from srd.findings import Cure, Finding, Trouble
 from srd.model import IpsecMode, Pause, Service
-from srd.state import Channel, Child, ChildState, Cure, DiskTrouble, Finding, Kernel, Situation, Store, Symptom, Trouble
+from srd.state import Channel, Child, ChildState, DiskTrouble, Kernel, Situation, Store, Symptom
 
 
 def seen(situation: Situation, **changes: object) -> Situation:
