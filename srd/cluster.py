@@ -111,13 +111,16 @@ class HaproxyAgentSection(Section, frozen=True):
 class Node:
     """A member of the mesh: at most one address per IP family, the first one is the one that redis announces.
 
-    `priority` is redis' replica-priority: the lower, the sooner it becomes primary; 0 never by itself.
+    `priority` is redis' replica-priority: the lower, the sooner it becomes primary; 0 never by itself. With
+    `noloadbalance` no balancer leads readers to it while it is a replica.
     """
 
     name: str
     kind: NodeKind
     addresses: tuple[IpAddress, ...]
-    priority: int = field(default=DEFAULT_PRIORITY, compare=False)  # it is the same node with another one
+    # It is the same node with others.
+    priority: int = field(default=DEFAULT_PRIORITY, compare=False)
+    noloadbalance: bool = field(default=False, compare=False)
 
     @property
     def address(self) -> IpAddress:

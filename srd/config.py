@@ -51,6 +51,7 @@ class _RawNode(Section, frozen=True):
     kind: NodeKind = NodeKind.REDIS
     priority: Annotated[int, Meta(gt=PREFERRED_PRIORITY, le=1000)] = DEFAULT_PRIORITY
     nofailover: bool = False
+    noloadbalance: bool = False
 
 
 class _RawFile(Section, frozen=True):
@@ -182,7 +183,8 @@ class _Checker:
         for version, count in Counter(address.version for address in addresses).items():
             if count > 1:
                 raise self.refuse.at(f"{key}.addresses", f"{count} IPv{version} addresses; one per family at most")
-        return Node(raw.name, raw.kind, addresses, NEVER_PRIORITY if raw.nofailover else raw.priority)
+        priority = NEVER_PRIORITY if raw.nofailover else raw.priority
+        return Node(raw.name, raw.kind, addresses, priority, raw.noloadbalance)
 
     def _address(self, key: str, text: str) -> IpAddress:
         try:

@@ -187,7 +187,7 @@ def needs_restart(old: Config, new: Config, node: Node) -> tuple[str, ...]:
     """Return the dotted keys that differ and that a running srd cannot take in; the others it can.
 
     Other nodes, exemptions, suites, revoked certificates and HTTP's bounds may change, but of the node's own entry
-    only its priority.
+    only its priority, and whether readers are led to it.
     """
     sections = {table: getattr(old, table).__struct_fields__ for table in ("redis", "sentinel", "tls")}
     sections |= {"ipsec": ("mode",), "http": ("port",), "haproxy_agent": ("port",)}
@@ -221,14 +221,15 @@ def differences(old: Config, new: Config) -> dict[str, list[str] | bool]:
         "removed": sorted(before - after),
         "trusted_no_more": sorted(f"{serial:x}" for serial in new.revoked - old.revoked),
         "trusted_again": sorted(f"{serial:x}" for serial in old.revoked - new.revoked),
-        "settings": named != new or _reordered(old, new),
+        "settings": named != new or _tagged_anew(old, new),
     }
 
 
-def _reordered(old: Config, new: Config) -> bool:
-    """Whether a node that stays has another priority."""
-    before = {node.name: node.priority for node in old.nodes}
-    return any(before.get(node.name, node.priority) != node.priority for node in new.nodes)
+def _tagged_anew(old: Config, new: Config) -> bool:
+    """Whether a node that stays has another priority, or is led readers to where it was not, or the reverse."""
+    before = {node.name: (node.priority, node.noloadbalance) for node in old.nodes}
+    after = {node.name: (node.priority, node.noloadbalance) for node in new.nodes}
+    return any(before[name] != after[name] for name in before.keys() & after.keys())
 
 
 def services(

@@ -46,6 +46,7 @@ class ErrorCode(enum.StrEnum):
     REPLICA_SYNCING = "replica_syncing"
     REPLICA_LAGGING = "replica_lagging"
     DRAINED = "drained"
+    NOT_BALANCED = "not_balanced"
     BAD_REQUEST = "bad_request"
 
 
@@ -109,6 +110,13 @@ def standby_leader(situation: Situation, _query: Query = NO_QUERY) -> Verdict:
 
 def replica(situation: Situation, query: Query = NO_QUERY) -> Verdict:
     """Whether clients may read here from a replica that follows the primary which the sentinels name."""
+    verdict = _in_step(situation, query)
+    if verdict.ok and situation.config.node(situation.node.name).noloadbalance:
+        return _no(ErrorCode.NOT_BALANCED, f"noloadbalance: no readers are led to {situation.node.name}")
+    return verdict
+
+
+def _in_step(situation: Situation, query: Query) -> Verdict:
     refusal = (
         _redis(situation)
         or _role(situation, Role.REPLICA)
@@ -148,7 +156,9 @@ def readiness(situation: Situation, query: Query = NO_QUERY) -> Verdict:
     """Whether this node can take its share: the primary, or a replica that is not far behind."""
     if situation.node.kind is not NodeKind.REDIS:
         return health(situation)
-    verdict = read_only(situation, query)
+    verdict = primary(situation)
+    if verdict.error_code is ErrorCode.WRONG_ROLE:
+        verdict = _in_step(situation, query)
     if verdict.ok and query.lag is None and (lag_bytes(situation) or 0) > READINESS_LAG_BYTES:
         return _no(ErrorCode.REPLICA_LAGGING, f"{lag_bytes(situation)} bytes behind, {READINESS_LAG_BYTES} allowed")
     return verdict

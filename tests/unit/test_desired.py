@@ -160,6 +160,8 @@ def test_which_voters_come_or_go(old: str, new: str, changed: tuple[str, ...]) -
         ('[[node]]\nname = "redis-3"\naddresses = ["192.0.2.3"]', {"added": ["redis-3"]}),
         ('[trust]\nrevoked = ["0a:ff"]', {"trusted_no_more": ["aff"]}),
         ("[http]\nmax_connections = 9", {"settings": True}),
+        ("nofailover = true", {"settings": True}),
+        ("noloadbalance = true", {"settings": True}),
         ('[ipsec]\nsuites = ["aes-256-gcm"]\n[trust]\nrevoked = ["1"]', {"trusted_no_more": ["1"], "settings": True}),
     ],
 )

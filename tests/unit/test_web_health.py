@@ -316,6 +316,34 @@ def test_a_drained_node_does_its_job_and_is_led_nobody_to(path: str, primary: ob
     assert answer(path, replica_situation(drained=True)) == replica
 
 
+@pytest.mark.parametrize(
+    ("path", "parameters", "expected"),
+    [
+        ("/replica", {}, (503, "not_balanced")),
+        ("/read-only", {}, (503, "not_balanced")),
+        ("/health", {"role": "replica"}, (503, "not_balanced")),
+        ("/health", {}, OK),
+        ("/readiness", {}, OK),
+    ],
+)
+def test_no_readers_are_led_to_a_replica_that_is_not_to_have_any(
+    path: str, parameters: dict[str, str], expected: object
+) -> None:
+    assert answer(path, replica_situation(), **parameters) == OK
+    assert answer(path, tagged(replica_situation()), **parameters) == expected
+
+
+def test_a_primary_serves_whatever_it_would_not_as_a_replica() -> None:
+    for path in ("/primary", "/read-only", "/health", "/readiness"):
+        assert answer(path, tagged(primary_situation())) == OK
+
+
+def tagged(situation: Situation) -> Situation:
+    """Put `noloadbalance` to the node's entry."""
+    nodes = tuple(replace(node, noloadbalance=node.name == situation.node.name) for node in situation.config.nodes)
+    return replace(situation, config=replace(situation.config, nodes=nodes))
+
+
 def test_what_else_is_wrong_with_a_drained_node_is_said_first() -> None:
     down = with_child(replica_situation(drained=True), Service.STUNNEL, state=ChildState.BACKOFF)
     assert answer("/replica", down) == (503, "stunnel_down")

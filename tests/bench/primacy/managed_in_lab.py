@@ -45,10 +45,9 @@ class ManagedInLab(Managed):
     def without_persistence(self) -> None:
         """Have every redis keep nothing on disk from now on: one node after the other is stopped and started."""
         for node in self.lab.nodes:
+            self.wait_whole()
             with Path(f"/var/lab/{node}/etc/srd/cluster.toml").open("a") as file:
                 file.write(IN_MEMORY)
-        for node in self.lab.nodes:
-            self.wait_whole()
             pid = self.lab.srd_pid(node)
             os.kill(pid, signal.SIGTERM)
             self.lab.wait(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "srd has ended")
