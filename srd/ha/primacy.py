@@ -54,8 +54,8 @@ ENDING_SECONDS: Final = 0.5
 SWITCHOVER_SECONDS: Final = 30.0
 # For a node that stops: the manager waits for it, and the others replace a primary that stops as one that has died.
 LEAVING_SECONDS: Final = 10.0
-# With a switchover that hangs just then, and what the other nodes are told.
-LONGEST_LEAVE_SECONDS: Final = LEAVING_SECONDS + FINISHING_SECONDS + ENDING_SECONDS
+# With a switchover that hangs just then, what the other nodes are told, and the vote that follows the end of redis.
+LONGEST_LEAVE_SECONDS: Final = LEAVING_SECONDS + FINISHING_SECONDS + ENDING_SECONDS + REPLACING_SECONDS
 # Of what another srd says of who has asked it.
 MOST_TOLD: Final = 100
 
