@@ -83,7 +83,8 @@ async def run(paths: Paths, early_stop: threading.Event) -> None:
     cleared = await clear(paths, kept_endpoints(fds))
     for directory in (paths.state_dir, paths.run_dir, paths.log_dir):
         await asyncio.to_thread(make_own_directory, directory, TRAVERSABLE_DIRECTORY)
-    await asyncio.to_thread(closing.remember, paths)
+    if not cleared.bundle.last_good:
+        await asyncio.to_thread(closing.remember, paths)
     await Daemon(cleared, paths, notifier, fds, early_stop).run()
 
 

@@ -51,7 +51,8 @@ _PASSWORD_BYTES: Final = 32
 class Bundle:
     """A node's bundle, read and checked. `not_after` maps a file's name to its certificate's end (Unix seconds).
 
-    `config` has the node itself in any case. A client has no `secrets`. `digests` are of its files as they were read.
+    `config` has the node itself in any case. A client has no `secrets`. `digests` are of its files as they were
+    read, without cluster.toml where the one that srd last ran by was read in its place (`last_good`).
     """
 
     config: Config
@@ -60,6 +61,7 @@ class Bundle:
     credentials: Credentials
     not_after: Mapping[str, float]
     digests: Mapping[str, bytes]
+    last_good: bool = False
 
 
 class _SecretsFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,6 +186,7 @@ def load_bundle(paths: Paths, now: datetime.datetime, *, cluster_file: Path | No
         ),
         not_after={name: certificate.not_valid_after_utc.timestamp() for name, certificate in certificates.items()},
         digests=read,
+        last_good=cluster_file is not None,
     )
 
 

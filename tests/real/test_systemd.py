@@ -142,17 +142,20 @@ def test_a_reload_says_what_it_has_taken_in_and_the_manager_can_ask_for_it(node:
     assert node.show("srd", "ActiveState") == "active"
 
 
-def test_a_cluster_toml_that_is_wrong_ends_no_supervision(node: Machine) -> None:
-    before, former = pids(node), node.show("srd", "MainPID")
-    file = node.run("cat", "/etc/srd/cluster.toml")
-    node.write("/etc/srd/cluster.toml", file + "[half")
-    node.run("kill", "-KILL", former)
-    node.wait(lambda: back(node, former), "the next srd does its job")
+@pytest.mark.parametrize("wrong", ["it is not TOML", "it is another cluster's"])
+def test_a_cluster_toml_that_is_wrong_ends_no_supervision(node: Machine, wrong: str) -> None:
+    before, file = pids(node), node.run("cat", "/etc/srd/cluster.toml")
+    other = file + "[half" if wrong == "it is not TOML" else file.replace('cluster = "', 'cluster = "not-')
+    node.write("/etc/srd/cluster.toml", other)
+    for _ in range(2):  # what the first one runs by is there for the second one
+        former = node.show("srd", "MainPID")
+        node.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "srd")
+        node.wait(lambda former=former: back(node, former), "the next srd does its job")  # type: ignore[misc]
     assert pids(node) == before
     assert conditions(node) == {
         "bundle_changed": "cluster.toml: not what srd runs by; srd reload takes it in, or says why not"
     }
-    assert "/etc/srd/cluster.toml" in node.fails("/opt/srd/bin/srd", "reload").stderr
+    assert "cluster.toml" in node.fails("/opt/srd/bin/srd", "reload").stderr
     node.write("/etc/srd/cluster.toml", file)
     node.run("/opt/srd/bin/srd", "reload")
     assert conditions(node) == {}
