@@ -44,6 +44,7 @@ class ManagedInLab(Managed):
 
     def without_persistence(self) -> None:
         """Have every redis keep nothing on disk from now on: one node after the other is stopped and started."""
+        self.lab.lasting = frozenset({"no_persistence"})
         for node in self.lab.nodes:
             self.wait_whole()
             with Path(f"/var/lab/{node}/etc/srd/cluster.toml").open("a") as file:
