@@ -50,9 +50,8 @@ lint: venv  ## ruff, mypy --strict, import-linter
 
 .PHONY: test
 test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab, a short walk of faults
-	@# Side by side: a lab has one CPU of its own, and what runs here mostly waits. The output of each comes when it is
-	@# done. The longest ones are first.
-	$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-lab test-here test-kernels test-chaos
+	@# Two side by side: a lab has one CPU of its own. The output of each comes when it is done. The longest one is first.
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-lab test-here test-kernels test-chaos
 
 .PHONY: test-here
 test-here: venv

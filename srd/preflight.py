@@ -81,7 +81,7 @@ async def clear(paths: Paths, kept: Collection[Endpoint] = ()) -> Cleared:
             raise found[0]
         if boottime() >= deadline:
             raise SrdError("start", "srd", str(found[0])) if joined else found[0]
-        if str(found[0]) != awaited:
+        if joined and str(found[0]) != awaited:
             awaited = str(found[0])
             log.warning("waiting", why=awaited)
         await asyncio.sleep(LOOK_SECONDS)

@@ -105,8 +105,8 @@ def test_the_children_have_no_capabilities_and_are_their_own_users(lab: Lab) -> 
         assert uid != 0, service
 
 
-CHILD_KILLS = int(os.environ.get("LAB_CHILD_KILLS", "8"))
-FAILOVERS = int(os.environ.get("LAB_FAILOVERS", "3"))
+CHILD_KILLS = int(os.environ.get("LAB_CHILD_KILLS", "6"))
+FAILOVERS = int(os.environ.get("LAB_FAILOVERS", "2"))
 
 
 def test_a_primary_that_is_killed_is_replaced_and_rejoins_as_a_replica(lab: Lab) -> None:
@@ -130,7 +130,7 @@ def test_a_primary_that_is_killed_is_replaced_and_rejoins_as_a_replica(lab: Lab)
     assert statistics.median(gaps) < 5.0
 
 
-SILENCES = int(os.environ.get("LAB_SILENCES", "2"))
+SILENCES = int(os.environ.get("LAB_SILENCES", "1"))
 
 
 def test_a_primary_whose_node_falls_silent_is_replaced_and_says_no_before_anybody_says_yes(lab: Lab) -> None:

@@ -23,7 +23,7 @@ from srd.ipsec.mesh import GRACE_SECONDS
 from srd.ipsec.policies import UNKEYED_SPI
 from srd.model import SrdError
 
-KILLS = int(os.environ.get("LAB_KILLS", "4"))
+KILLS = int(os.environ.get("LAB_KILLS", "2"))
 # A death and what follows it, on the lab's slow CPU.
 KILL_SECONDS = 60
 INTERVAL_SECONDS = 0.05

@@ -14,7 +14,7 @@ import pytest
 from support.lab import Lab, kept, outcome, writer
 
 ROLLS = int(os.environ.get("LAB_ROLLS", "1"))
-DRAINS = int(os.environ.get("LAB_DRAINS", "2"))
+DRAINS = int(os.environ.get("LAB_DRAINS", "1"))
 ROLL_SECONDS = 240.0
 BALANCER = Path("/var/lab/lb/run/haproxy/admin.sock")
 

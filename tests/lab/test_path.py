@@ -16,7 +16,7 @@ from support.traffic import Datagrams, Way, queueing, streaming
 
 HOP_MTU = 1400
 TRANSFER_BYTES = 4 << 20
-REKEYS = int(os.environ.get("LAB_REKEYS", "20"))
+REKEYS = int(os.environ.get("LAB_REKEYS", "10"))
 RATE = 2000
 LEAST_RATE = 0.7 * RATE  # on a machine that has other work
 

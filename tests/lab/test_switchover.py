@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support.lab import Lab, kept, outcome, writer
 
-SWITCHOVERS = int(os.environ.get("LAB_SWITCHOVERS", "4"))
+SWITCHOVERS = int(os.environ.get("LAB_SWITCHOVERS", "2"))
 
 
 def test_the_primary_is_moved_without_losing_a_write(lab: Lab) -> None:

@@ -6,25 +6,12 @@ import time
 
 import pytest
 from support.patience import retrying
-from support.primacies import NAMES, Srd, leader, settled, watched, writes, writing
-from support.sentinels import Cluster, sentinel_client, until
+from support.primacies import NAMES, Srd, leader, settled, told, watched, writes, writing
+from support.sentinels import Cluster
 
 from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
 from srd.model import Pause, RefusedError
 from srd.state import View
-
-
-async def told(cluster: Cluster, srd: Srd, priority: int) -> None:
-    """Wait until a node's redis says that priority of itself, and every sentinel has seen it."""
-    await srd.until(lambda view: view.redis is not None and view.redis.priority == priority)
-    for name in NAMES:
-        async with sentinel_client(cluster, name) as asked:
-
-            async def seen(asked: object = asked) -> bool:
-                shown = await asked.priorities(1)  # type: ignore[attr-defined]
-                return bool(shown.get(cluster.endpoint(srd.name)) == priority)
-
-            await until(seen)
 
 
 async def test_a_drained_primary_moves_away_and_no_failover_chooses_the_node(

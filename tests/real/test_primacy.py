@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from support.primacies import NAMES, Srd, leader, running, settled, watched, writes, writing
+from support.primacies import NAMES, Srd, leader, running, settled, told, watched, writes, writing
 from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 
 from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
@@ -45,6 +45,7 @@ async def test_a_primary_that_was_replaced_and_leads_again_is_replaced_as_fast(
 ) -> None:
     async with watched(srds, *NAMES):
         srds["n3"].write_drained(True)
+        await told(cluster, srds["n3"], NEVER_PRIORITY)
         for leading, other in (("n1", "n2"), ("n2", "n1"), ("n1", "n2")):
             await idle(cluster)
             began = time.monotonic()
@@ -64,6 +65,7 @@ async def test_a_primary_that_dies_before_its_promotion_is_over_leaves_the_senti
 ) -> None:
     async with watched(srds, *NAMES):
         srds["n3"].write_drained(True)
+        await told(cluster, srds["n3"], NEVER_PRIORITY)
         for leading, other in (("n1", "n2"), ("n2", "n1")):
             cluster.kill(f"redis-{leading}")
             srds[leading].redis_died()

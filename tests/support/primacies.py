@@ -254,3 +254,16 @@ async def writing(cluster: Cluster, srds: dict[str, Srd], count: int = 4) -> Asy
         yield writers
         for writer in writers:
             writer.ends = True
+
+
+async def told(cluster: Cluster, srd: Srd, priority: int) -> None:
+    """Wait until a node's redis says that priority of itself, and every sentinel has seen it."""
+    await srd.until(lambda view: view.redis is not None and view.redis.priority == priority)
+    for name in NAMES:
+        async with sentinel_client(cluster, name) as asked:
+
+            async def seen(asked: object = asked) -> bool:
+                shown = await asked.priorities(1)  # type: ignore[attr-defined]
+                return bool(shown.get(cluster.endpoint(srd.name)) == priority)
+
+            await until(seen)
