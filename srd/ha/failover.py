@@ -47,10 +47,10 @@ from srd.state import Redis, SentinelAnswer, Situation
 log = structlog.get_logger(__name__)
 
 HASTE_SECONDS: Final = 0.2
-# Of the time since the loss: replicas' links, which may be down for 2.5 times that time then, are not down for longer.
+# Of the time since the loss: a replica's link may be down for ten times that, 2.5 times as long as it can have been.
 HASTE_SHARE: Final = 0.25
-# Below what a lease takes for haste (ha/lease.py), and with a vote still within CHOICE_SECONDS.
-LEAST_HASTE_SECONDS: Final = 1.5
+# Less than a lease takes for haste (ha/lease.py), and with a vote it is still within CHOICE_SECONDS.
+LONGEST_HASTE_SECONDS: Final = 1.5
 # For the choice; a vote takes 0.35 s.
 CHOICE_SECONDS: Final = 3.0
 # A leader is done with a promotion 1.0 to 1.1 s after it, when the replicas follow. Where the new primary is gone by
@@ -102,7 +102,7 @@ def silent_since(config: Config, answers: Mapping[str, SentinelAnswer], primary:
 
 def haste(lost_for: float) -> float:
     """Return for how long the primary must have been silent to be taken for down, so long after its loss. Pure."""
-    return min(max(HASTE_SECONDS, lost_for * HASTE_SHARE), LEAST_HASTE_SECONDS)
+    return min(max(HASTE_SECONDS, lost_for * HASTE_SHARE), LONGEST_HASTE_SECONDS)
 
 
 def replaceable_at(s: Situation, primary: Node) -> float | None:
@@ -350,10 +350,9 @@ def most_advanced(said: Mapping[str, Redis], stream: str = "") -> str | None:
     replicas = {name: redis for name, redis in said.items() if redis.role is Role.REPLICA and not redis.loading}
     replicas = {name: redis for name, redis in replicas.items() if redis.priority != NEVER_PRIORITY}
     in_stream = {name: redis for name, redis in replicas.items() if redis.replid == stream}
-    strangers = len(replicas) - len(in_stream) if in_stream else 0
     compared = in_stream or replicas
     if len({redis.replid for redis in compared.values()}) != 1:
         return None
-    if len({redis.offset for redis in compared.values()}) == 1 and not strangers:
+    if len({redis.offset for redis in compared.values()}) == 1 and len(compared) == len(replicas):
         return None
     return max(sorted(compared), key=lambda name: compared[name].offset)

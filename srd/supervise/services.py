@@ -121,7 +121,7 @@ class Services:
         self._keeping: asyncio.Future[None] | None = None
         self._looked = False
         self._adopted_stunnel = False  # and nobody has compared its certificate with the bundle's yet
-        self._unwritten = ""
+        self._unwritten: set[str] = set()
         self._initialized = False
         self._follows = False  # as it is written down
         self._by_hand: set[Service] = set()  # ended by a person, to be started again
@@ -338,13 +338,15 @@ class Services:
 
     async def _note_down(self) -> None:
         """Write down what the next srd is to know. A disk that takes nothing is a condition, and stops nothing."""
+        failed = set()
         for note in (self._note_joined, self._note_following):
             try:
                 await note()
             except SrdError as error:
-                if str(error) != self._unwritten:
-                    log.warning("not written down", error=str(error))
-                self._unwritten = str(error)
+                failed.add(str(error))
+        for reason in sorted(failed - self._unwritten):  # those of the pass before were said
+            log.warning("not written down", error=reason)
+        self._unwritten = failed
 
     async def _note_joined(self) -> None:
         """Write down, once, that this node is part of the cluster: from then on its sentinel starts first."""
