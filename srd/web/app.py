@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from aiohttp import web
@@ -94,8 +94,7 @@ class WebServer:
 
     async def stop(self) -> None:
         """Stop listening, let the answers under way end, and close every connection."""
-        for listener in self._listeners:
-            listener.close()
+        await _accept_no_more(self._listeners)
         if self._server is not None:
             await self._server.shutdown(_STOP_SECONDS)
         for listener in self._listeners:
@@ -152,6 +151,21 @@ class WebServer:
 
     def _liveness(self, situation: Situation) -> tuple[int, str, bytes]:
         return self._check(health.alive(self._loops(), situation.now, self._liveness_seconds), situation)
+
+
+async def _accept_no_more(listeners: Collection[asyncio.Server]) -> None:
+    """Close the listeners, and have whom they have just accepted be connections.
+
+    asyncio drops a connection of the turn of the loop in which its listener is closed (base_events.py, Server._attach
+    asserts that it is open), and its client sees a reset.
+    """
+    loop = asyncio.get_running_loop()
+    for listener in listeners:
+        for bound in listener.sockets:
+            loop.remove_reader(bound.fileno())
+    await asyncio.sleep(0)
+    for listener in listeners:
+        listener.close()
 
 
 def _document(status: int, document: Any) -> tuple[int, str, bytes]:

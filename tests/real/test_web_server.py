@@ -416,3 +416,16 @@ async def test_who_connected_before_a_stop_is_answered_and_who_says_nothing_does
             await stopping
         for each in (writer, silent):
             each.close()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_who_connects_in_the_moment_of_a_stop_is_answered_or_left_to_the_next_server(turns: int) -> None:
+    async with serving(primary_situation()) as (server, port):
+        with socket.create_connection((loopback(1), port), PATIENCE) as balancer:
+            balancer.sendall(b"GET /primary HTTP/1.0\r\n\r\n")
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await server.stop()
+            balancer.settimeout(0.1)
+            with contextlib.suppress(TimeoutError):  # still in the queue of the socket, which outlives this server
+                assert parsed(balancer.recv(65536))[0] == 200

@@ -74,7 +74,7 @@ class Checks:
         self._node = node
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._check)
-        self.statuses: list[str] = []
+        self.answers: list[str] = []
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -87,12 +87,13 @@ class Checks:
     def _check(self) -> None:
         while not self._over.is_set():
             # 000 is curl's for no answer: refused, reset, or none within 10 s.
-            self.statuses.append(
-                self._node.run("curl", "-s", "-m", "10", "-o", "/dev/null", "-w", "%{http_code}", URL, check=False)
-            )
+            said = "%{http_code} %{errormsg} after %{time_total} s"
+            curl = ("curl", "-s", "-m", "10", "-o", "/dev/null", "-w", said, URL)
+            self.answers.append(self._node.run(*curl, check=False))
 
-    def refused(self) -> int:
-        return self.statuses.count("000")
+    def refused(self) -> list[str]:
+        """Return of each check that had no answer what curl says of it."""
+        return [answer for answer in self.answers if answer.startswith("000")]
 
 
 def back(node: Machine, former: str) -> bool:
