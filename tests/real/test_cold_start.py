@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -30,7 +31,18 @@ def begin(cluster: Whole) -> None:
     write(cluster, "n1", 200)
     states = [cluster.paths(name).state_dir for name in cluster.redises]
     cluster.wait(lambda: all((state / "initialized").exists() for state in states), "it is noted that they have joined")
-    cluster.wait(lambda: all((state / "progress.json").exists() for state in states), "it is noted what they have")
+    # A primary that led before anybody followed it has noted a stream that ended with the first who did.
+    cluster.wait(
+        lambda: len(set(map(stream_noted, states))) == 1 and stream_noted(states[0]), "it is noted what they have"
+    )
+
+
+def stream_noted(state: Path) -> str:
+    """Return the replication id that a node has on its disk; empty where there is none."""
+    try:
+        return str(json.loads((state / "progress.json").read_text())["replid"])
+    except FileNotFoundError:
+        return ""
 
 
 def write(cluster: Whole, primary: str, count: int) -> None:
