@@ -204,7 +204,7 @@ class SentinelAnswer:
     `took` is for how many seconds it was waited for. `down_after`, `unanswered` and the vote are of the primary that it
     shows, which is the former one while a failover ends; `unanswered` is the latest that it can be, by at most `took`.
     `vote` is the id of the sentinel that it has last voted for as the leader of a failover, in `vote_epoch`, and
-    `vote_seen` is since when that is known.
+    `vote_seen` is since when that is known. `named_for` is for how many seconds it has named the one that it shows.
     """
 
     node: str
@@ -225,6 +225,7 @@ class SentinelAnswer:
     vote_epoch: int = 0
     vote_seen: float = 0.0
     took: float = 0.0
+    named_for: float = 0.0
     set_back: float = 0.0  # seconds by which its wall clock has gone back since it last heard that primary
 
 
@@ -232,7 +233,8 @@ class SentinelAnswer:
 class Lease:
     """Whether a majority of all sentinels names this node primary, and until when (CLOCK_BOOTTIME seconds).
 
-    `heir` is the node to which this one has given what is left of it, as long as that lasts.
+    `heir` is the node to which this one has given what is left of it, as long as that lasts. `settled`: nobody who was
+    named before can have a lease still.
     """
 
     held: bool
@@ -242,6 +244,7 @@ class Lease:
     primary: Endpoint | None
     epoch: int = 0
     unanimous: bool = False
+    settled: bool = False
     heir: str | None = None
 
 

@@ -53,6 +53,10 @@ class Custody:
         """Have been given a lease of so many seconds by an answer to a question that was asked at that moment."""
         self.granted_at, self.granted_until = asked, max(self.granted_until, asked + seconds)
 
+    def has(self, now: float) -> bool:
+        """Whether what it was given has not ended."""
+        return now < self.granted_until
+
     def lose(self, seen: float) -> None:
         """Have none that was given: this node's redis, asked at that moment, was no primary any more."""
         if seen > self.granted_at:

@@ -28,13 +28,17 @@ down, and one that does not, share a sentinel, which was without a reply for lon
 A primary whose redis has died is replaced sooner than that. It says no to /primary by itself then, and gives what is
 left of its lease to the one that was elected, to nobody else and once (ha/custody.py).
 
-Not covered here: a promotion without a failure that somebody else asks for (SENTINEL FAILOVER) waits for nothing.
+A promotion without a failure, which somebody else asks for (SENTINEL FAILOVER), waits for nothing, so whoever is named
+by it waits (`Lease.settled`): where no majority voted in that epoch, until a majority has named it for as long as a
+lease, unless it was given the former one. A failover that is asked for is not voted: its sentinel votes for itself, the
+others learn of the epoch with the new primary, and their last vote stays one of an earlier epoch (sentinel.c,
+sentinelFailoverWaitStart, sentinelProcessHelloMessage).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final
 
 from srd.cluster import LEASE_MARGIN_SECONDS, Config, Node
@@ -73,13 +77,14 @@ def assess(config: Config, node: Node, answers: Mapping[str, SentinelAnswer], no
 
     `reachable` counts fresh answers, `agree` the most that name one endpoint: `primary`, if they are a majority, in the
     configuration `epoch`. `expires` is when the lease of this node ends or ended, 0 if these answers never gave it one;
-    `unanimous`, whether all sentinels are for it.
+    `unanimous`, whether all sentinels are for it; `settled`, whether nobody named before can have one still.
     """
     heard = fresh(config, answers, now)
     naming = Counter(answer.primary for answer in heard.values() if answer.primary is not None and not answer.tilt)
     named, agree = naming.most_common(1)[0] if naming else (None, 0)
     counted = _counted(config, endpoint_of(config, node), answers, now)
     enough = len(counted) >= config.majority
+    epoch = max((answer.epoch for answer in heard.values() if answer.primary == named), default=0)
     expires = counted[config.majority - 1] + config.primary_lease if enough else NEVER
     return Lease(
         held=now < expires,
@@ -87,9 +92,17 @@ def assess(config: Config, node: Node, answers: Mapping[str, SentinelAnswer], no
         agree=agree,
         reachable=len(heard),
         primary=named if agree >= config.majority else None,
-        epoch=max((answer.epoch for answer in heard.values() if answer.primary == named), default=0),
+        epoch=epoch,
         unanimous=len(counted) == len(config.voters) and now < counted[-1] + config.primary_lease,
+        settled=_settled(config, heard.values(), named, epoch),
     )
+
+
+def _settled(config: Config, heard: Collection[SentinelAnswer], named: Endpoint | None, epoch: int) -> bool:
+    """Whether a majority has voted in that epoch, so after a failure, or has named that endpoint for a whole lease."""
+    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch)
+    lasting = sum(1 for a in heard if a.primary == named and not a.tilt and a.named_for >= config.primary_lease)
+    return max(voted, lasting) >= config.majority
 
 
 def _counted(config: Config, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float) -> list[float]:
@@ -140,23 +153,30 @@ class Tenure:
     """Whether this node may take up the lease that the sentinels' answers give it: not at once after it has lapsed."""
 
     def __init__(self) -> None:
-        self._holds = False
+        self._holds: int | None = None  # in which epoch
         self._epoch: int | None = None  # of the last primary that a majority named, whoever it was
         self._promoted = False  # that one's promotion was seen to happen, and its lease has not lapsed since
         self._content_since: float | None = None
 
-    def expires(self, lease: Lease, now: float) -> float:
-        """Return when this node's lease ends, 0 while it may not be taken up; to be asked at each judgement."""
+    def expires(self, lease: Lease, now: float, *, given: bool = False) -> float:
+        """Return when this node's lease ends, 0 while it may not be taken up; to be asked at each judgement.
+
+        `given` says whether it has the rest of its predecessor's (ha/custody.py), so that nobody else has one.
+        """
         if lease.primary is not None:
             # A promotion is no return: nobody is replacing one who is named in an epoch that has just begun.
             self._promoted |= self._epoch is not None and lease.epoch > self._epoch
             self._epoch = max(self._epoch or 0, lease.epoch)
         if not lease.held:
-            self._promoted &= not self._holds
-            self._holds, self._content_since = False, None
+            self._promoted &= self._holds is None
+            self._holds = self._content_since = None
             return NEVER
+        if self._holds is not None and lease.epoch > self._holds:
+            self._holds = self._content_since = None  # another one may have been named in between
         if self._content_since is None:
             self._content_since = now
         served = now - self._content_since >= PROBATION_SECONDS
-        self._holds = self._holds or lease.unanimous or self._promoted or served
-        return lease.expires if self._holds else NEVER
+        at_once = lease.settled and (lease.unanimous or self._promoted)
+        if self._holds is None and (given or at_once or served):
+            self._holds = lease.epoch
+        return lease.expires if self._holds is not None else NEVER

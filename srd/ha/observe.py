@@ -269,7 +269,7 @@ class Observer:
         now = self._clock()
         self._answers = dict(fresh(self._config, self._answers, now))
         lease = assess(self._config, self._node, self._answers, now)
-        expires = self._custody.held_until(self._tenure.expires(lease, now), now)
+        expires = self._custody.held_until(self._tenure.expires(lease, now, given=self._custody.has(now)), now)
         lease = dataclasses.replace(lease, held=now < expires, expires=expires, heir=self._custody.heir_at(now))
         self._write_sentinels(dict(self._answers))
         self._write_lease(lease)

@@ -110,6 +110,8 @@ class SentinelClient:
         host, port = checked(subject, named, list)
         primary = Fields(subject, {"host": host, "port": port}).endpoint("host", "port")
         flags = master.get("flags", lambda text: frozenset(text.split(",")))
+        # It begins anew with each primary, and with the sentinel (sentinel.c, sentinelResetMaster).
+        named_for = master.get("role-reported-time", int) / 1000 if self._watched == primary else 0.0
         pending = master.get("last-ping-sent", int)  # milliseconds since the first ping without a reply; 0 if none
         _, leader, epoch = checked(subject, voted, list)
         answered = self._clock()
@@ -132,6 +134,7 @@ class SentinelClient:
             vote=None if leader == NOBODY else str(leader),
             vote_epoch=int(epoch),
             took=answered - asked,
+            named_for=named_for,
             set_back=_set_back(master),
         )
 

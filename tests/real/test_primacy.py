@@ -153,6 +153,19 @@ async def test_a_primary_that_was_replaced_is_not_promoted_before_it_has_what_it
         await srds["n1"].until(lambda view: view.redis is not None and view.redis.priority == DEFAULT_PRIORITY)
 
 
+async def test_who_is_promoted_beside_a_primary_that_is_well_waits_until_that_ones_lease_must_have_ended(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    """SENTINEL FAILOVER asks nobody; the former primary, cut off just then, would rely on its last answers."""
+    async with watched(srds, *NAMES):
+        async with sentinel_client(cluster, "n2") as told:
+            began = time.monotonic()
+            await told.fail_over()
+        successor = await leader(srds, ("n2", "n3"))
+        assert time.monotonic() - began >= cluster.config.primary_lease
+        await writes(cluster, successor.name)
+
+
 async def test_a_primary_that_was_replaced_while_its_srd_was_gone_follows_with_a_copy_kept(
     cluster: Cluster, srds: dict[str, Srd]
 ) -> None:

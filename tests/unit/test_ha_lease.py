@@ -237,8 +237,10 @@ def test_a_leader_that_names_whom_it_has_promoted_is_still_without_a_reply_of_th
     assert assess(CONFIG, CONFIG.node("n2"), both, 10.1).expires == 12.0
 
 
-def lease(*, held: bool = True, unanimous: bool = False, epoch: int = 1, now: float = 0.0) -> Lease:
-    return Lease(held, now + 2.0 if held else 0.0, 2, 3, N1 if epoch else None, epoch, unanimous)
+def lease(
+    *, held: bool = True, unanimous: bool = False, epoch: int = 1, now: float = 0.0, settled: bool = True
+) -> Lease:
+    return Lease(held, now + 2.0 if held else 0.0, 2, 3, N1 if epoch else None, epoch, unanimous, settled)
 
 
 def test_a_lease_that_all_sentinels_give_is_taken_up_at_once() -> None:
@@ -282,6 +284,54 @@ def test_an_epoch_that_is_named_again_is_no_promotion() -> None:
     for epoch in (3, 2, 3):
         assert tenure.expires(lease(held=False, epoch=epoch), 5.0) == 0.0
     assert tenure.expires(lease(epoch=3), 6.0) == 0.0
+
+
+def test_who_is_named_without_a_vote_waits_until_the_former_lease_must_have_ended() -> None:
+    """As after SENTINEL FAILOVER, which promotes beside a primary that is well."""
+    tenure = Tenure()
+    assert tenure.expires(lease(held=False, epoch=1), 5.0) == 0.0
+    for moment in (6.0, 6.0 + PROBATION_SECONDS - 0.1):
+        assert tenure.expires(lease(epoch=2, unanimous=True, settled=False), moment) == 0.0
+    assert tenure.expires(lease(epoch=2, settled=False), 6.0 + PROBATION_SECONDS) == 2.0
+
+
+def test_who_leads_and_is_named_anew_without_a_vote_waits_too() -> None:
+    tenure = Tenure()
+    assert tenure.expires(lease(unanimous=True, epoch=1), 5.0) == 2.0
+    assert tenure.expires(lease(unanimous=True, epoch=3, settled=False), 6.0) == 0.0
+    assert tenure.expires(lease(unanimous=True, epoch=3, settled=False), 6.0 + PROBATION_SECONDS) == 2.0
+
+
+def test_who_was_given_the_former_lease_has_its_own_after_it() -> None:
+    tenure = Tenure()
+    assert tenure.expires(lease(held=False, epoch=1), 5.0, given=True) == 0.0
+    assert tenure.expires(lease(epoch=2, settled=False), 6.0, given=True) == 2.0
+    assert tenure.expires(lease(epoch=2, settled=False), 7.5) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("votes", "named_for", "settled"),
+    [
+        ((4, 4, 0), (0.1, 0.0, 0.1), True),
+        ((5, 4, 0), (0.1, 0.0, 0.1), True),
+        ((4, 3, 3), (0.1, 1.9, 1.9), False),
+        ((3, 3, 3), (2.0, 1.9, 2.0), True),
+        ((3, 3, 3), (2.0, 1.9, 1.9), False),
+    ],
+    ids=["voted", "voted again", "asked for", "long ago", "not long ago"],
+)
+def test_nobody_else_has_a_lease_after_a_vote_or_a_lease_later(
+    votes: tuple[int, ...],
+    named_for: tuple[float, ...],
+    settled: bool,  # noqa: FBT001 - a table's column
+) -> None:
+    heard = answers(
+        *(
+            answer(node.name, N1, 10.0, epoch=4, vote_epoch=vote, named_for=seconds)
+            for node, vote, seconds in zip(CONFIG.nodes, votes, named_for, strict=True)
+        )
+    )
+    assert assess(CONFIG, NODE1, heard, 10.1).settled == settled
 
 
 def test_a_greater_down_after_of_a_changed_file_hurries_nobody() -> None:
