@@ -143,21 +143,24 @@ class Process:
             await self._ended_within(_PROBE_PAUSE_FIRST)
 
     async def stop(self, grace: float) -> None:
-        """End the child: SIGTERM, after `grace` seconds SIGKILL; `SrdError` when even that does not end it."""
+        """End the child: SIGTERM, after `grace` seconds SIGKILL; `SrdError` when even that does not end it.
+
+        SIGTERM again and again: redis refuses one while it writes its first append-only file after a full resync, and
+        forgets it ("Writing initial AOF, can't exit", server.c, prepareForShutdown).
+        """
         if self._launching is not None:
             await asyncio.wait({self._launching}, timeout=self._timing.launch_timeout)
         if self._launching is not None:
             raise SrdError("stop", self.service, "it is still being started; its disk may hang")
         self._apply(Event.STOP)
-        for patience, event in ((grace, Event.GRACE_OVER), (self._timing.kill_timeout, None)):
-            try:
-                async with asyncio.timeout(patience):
-                    await self._ended.wait()
-            except TimeoutError:
-                if event is not None:
-                    self._apply(event)
-            else:
+        deadline = boottime() + grace
+        while (left := deadline - boottime()) > 0:
+            if await self._ended_within(min(left, self._timing.stop_again)):
                 return
+            self._signal(signal.SIGTERM)
+        self._apply(Event.GRACE_OVER)
+        if await self._ended_within(self._timing.kill_timeout):
+            return
         raise SrdError("stop", f"{self.service} (pid {self.pid})", "it outlives SIGKILL; its disk may hang")
 
     def retry(self) -> None:
@@ -259,14 +262,13 @@ class Process:
         if now >= self._kill_at:
             self._apply(Event.GRACE_OVER)
 
-    async def _ended_within(self, seconds: float) -> None:
-        limit = asyncio.timeout(seconds)
+    async def _ended_within(self, seconds: float) -> bool:
         try:
-            async with limit:
+            async with asyncio.timeout(seconds):
                 await self._ended.wait()
         except TimeoutError:
-            if not limit.expired():
-                raise
+            return False
+        return True
 
     def _complain(self, complaint: str | None) -> None:
         if complaint == self._complaint:

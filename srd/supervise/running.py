@@ -19,6 +19,7 @@ class Timing:
     launch_timeout: float = 30.0  # of a start that a stop meets: files are written, and redis' may be looked into
     hung_after: float = 30.0
     hung_grace: float = 2.0
+    stop_again: float = 1.0
     slow_limit: float = 600.0
     hang_up: float = 10.0  # stunnel serves a new certificate 5 ms after SIGHUP; a loaded machine may take a while
 

@@ -26,6 +26,7 @@ from srd.supervise.spawn import Command, spawn
 FAST = Timing(start_timeout=0.3, probe_timeout=0.2, probe_interval=0.02, probe_failures=3, kill_timeout=5)
 PATIENCE = 10.0
 # The shell is deaf before it says that it is; `sleep` in the background so that a signal is handled at once.
+RELUCTANT = "trap 'trap \"exit 7\" TERM; echo not yet' TERM; echo deaf; while :; do sleep 60 & wait; done"
 DEAF = "trap '' TERM; echo deaf; while :; do sleep 60 & wait; done"
 
 
@@ -248,6 +249,19 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(world: Wor
         await it.process.stop(0.3)
         assert 0.3 <= boottime() - begun < 2
         assert it.process.snapshot().last_exit == "killed by SIGKILL"
+
+
+async def test_a_child_that_refuses_to_end_just_now_is_asked_again(world: World) -> None:
+    """As redis does between a full resync and its first append-only file."""
+    world.script = RELUCTANT
+    async with observed(world) as it:
+        await it.start()
+        it.health.complaint = "not deaf yet"
+        await wait_for_log(world, "deaf")
+        begun = boottime()
+        await it.process.stop(PATIENCE)
+        assert boottime() - begun < PATIENCE / 2
+        assert it.process.snapshot().last_exit == "exit status 7"
 
 
 async def test_a_stopped_child_is_killed_after_its_grace(world: World) -> None:
