@@ -1,7 +1,7 @@
 """How far this node's data has come: noted on disk while redis knows it, and said to other nodes when it may matter.
 
-A note costs two looks at files and an fsync: at once when the epoch or the stream is another one, every 10 s while
-something is written, never while nothing is.
+A note costs two looks at files and an fsync: at once when the epoch or the stream is another one, or the append-only
+file was written anew, every 10 s while something is written, never while nothing is.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Ledger:
         self._situation = situation
         self._noted = self._load()
         self._noted_at = float("-inf")
+        self._log_base = 0  # redis', at the last note
         self._has_loaded = False  # redis, since this srd runs
         # Of its own: questions are given up and asked again, and a disk that hangs would keep each one's thread. Two:
         # the search for an end takes seconds on a cold disk, and who asks what is there meanwhile must have an answer.
@@ -65,14 +66,17 @@ class Ledger:
         s, known = self._situation(), self._noted
         self._has_loaded |= s.view.redis is not None and not s.view.redis.loading
         now = seen(s, known)
-        if now is None or (known is not None and (now.replid, now.offset) == (known.replid, known.offset)):
+        if now is None:
             return
-        if now.continues(known) and s.now - self._noted_at < NOTE_SECONDS:
-            return
+        base = s.view.redis.log_base if s.view.redis is not None else 0
+        if now.continues(known) and base == self._log_base:
+            fresh = s.now - self._noted_at < NOTE_SECONDS
+            if fresh or (known is not None and now.offset == known.offset):
+                return
         files = await self._apart(self._look)
         now = replace(now, log=files.log, inode=files.inode, size=files.size)
         await self._apart(lambda: write_private(self._path, msgspec.json.encode(now)))
-        self._noted, self._noted_at = now, s.now
+        self._noted, self._noted_at, self._log_base = now, s.now, base
 
     async def holds_data(self) -> bool:
         """Whether redis, which does not run, would load anything from its data directory; blocks.

@@ -180,6 +180,7 @@ class Redis:
     unsaved: str | None = None  # which of its files it could not write when it last tried
     rewriting: bool = False  # its append-only file is being written anew, or is about to
     rewritten: bool = True  # and the last time that succeeded
+    log_base: int = 0  # bytes of its append-only file when that was last written anew
     promoted_at_offset: int | None = None  # up to where it has followed another primary, before it became one itself
 
     @property

@@ -31,18 +31,20 @@ def begin(cluster: Whole) -> None:
     write(cluster, "n1", 200)
     states = [cluster.paths(name).state_dir for name in cluster.redises]
     cluster.wait(lambda: all((state / "initialized").exists() for state in states), "it is noted that they have joined")
-    # A primary that led before anybody followed it has noted a stream that ended with the first who did.
-    cluster.wait(
-        lambda: len(set(map(stream_noted, states))) == 1 and stream_noted(states[0]), "it is noted what they have"
-    )
+    # A primary that led before anybody followed it has noted a stream that ended with the first who did; a replica that
+    # was sent everything has noted how long its files were before they were written anew.
+    cluster.wait(lambda: is_noted(cluster), "it is noted what they have")
 
 
-def stream_noted(state: Path) -> str:
-    """Return the replication id that a node has on its disk; empty where there is none."""
+def is_noted(cluster: Whole) -> bool:
+    """Whether each node has noted one and the same stream, and the file that its redis appends to."""
     try:
-        return str(json.loads((state / "progress.json").read_text())["replid"])
+        notes = {n: json.loads((cluster.paths(n).state_dir / "progress.json").read_text()) for n in cluster.redises}
     except FileNotFoundError:
-        return ""
+        return False
+    logs = {name: log.name if (log := log_of(cluster, name)) is not None else "" for name in notes}
+    of_one_stream = len({note["replid"] for note in notes.values()}) == 1
+    return of_one_stream and all(note["log"] == logs[name] for name, note in notes.items())
 
 
 def write(cluster: Whole, primary: str, count: int) -> None:
@@ -55,13 +57,19 @@ def write(cluster: Whole, primary: str, count: int) -> None:
     cluster.wait(lambda: all(len(cluster.keys(name)) == first + count for name in cluster.redises), "all have them")
 
 
-def log_of(cluster: Whole, name: str) -> Path:
-    return max((cluster.data(name) / "appendonlydir").glob("*.incr.aof"))
+def log_of(cluster: Whole, name: str) -> Path | None:
+    return max((cluster.data(name) / "appendonlydir").glob("*.incr.aof"), default=None)
+
+
+def own_log(cluster: Whole, name: str) -> Path:
+    log = log_of(cluster, name)
+    assert log is not None
+    return log
 
 
 def cut_short(cluster: Whole, name: str, lost: int) -> None:
     """Take the last bytes from a node's append-only file, as a power cut does."""
-    log = log_of(cluster, name)
+    log = own_log(cluster, name)
     os.truncate(log, max(0, log.stat().st_size - lost))
 
 
@@ -106,7 +114,7 @@ def test_who_has_most_leads_in_whatever_order_the_nodes_come_up(
 
 def test_whose_disk_is_complete_leads_where_the_primarys_lost_all_that_it_had_appended(cluster: Whole) -> None:
     cluster.power_off(*cluster.names)
-    os.truncate(log_of(cluster, "n1"), 0)
+    os.truncate(own_log(cluster, "n1"), 0)
     cut_short(cluster, "n2", 10)
     cluster.power_on(*cluster.names)
     leads_with_all(cluster, "n3", 200)
@@ -180,7 +188,7 @@ def test_a_primary_that_lost_its_power_for_a_moment_does_not_replace_what_the_ot
 
 def test_a_primary_whose_redis_cannot_load_its_files_is_replaced(cluster: Whole) -> None:
     cluster.power_off(*cluster.names)
-    log = log_of(cluster, "n1")
+    log = own_log(cluster, "n1")
     log.write_bytes(b"\0" * log.stat().st_size)
     cut_short(cluster, "n2", 100)
     cluster.power_on(*cluster.names)
@@ -193,7 +201,7 @@ def test_a_replica_that_begins_anew_because_it_cannot_read_its_files_is_not_take
 ) -> None:
     cluster.power_off(*cluster.names)
     cut_short(cluster, "n1", 100)
-    log_of(cluster, "n2").write_bytes(bytes(log_of(cluster, "n2").stat().st_size * 2))
+    own_log(cluster, "n2").write_bytes(bytes(own_log(cluster, "n2").stat().st_size * 2))
     cluster.power_on("n2", "n1")
     said = cluster.root / "n2.log"
     cluster.wait(lambda: '"child ended"' in said.read_text() or cluster.primaries(), "n2 tries")

@@ -39,10 +39,11 @@ class Node:
     def noted(self) -> dict[str, object]:
         return dict(json.loads((self.paths.state_dir / "progress.json").read_text()))
 
-    def see(self, *, offset: int, later: float = 0.0, epoch: int = 3) -> None:
+    def see(self, *, offset: int, later: float = 0.0, epoch: int = 3, log_base: int = 0) -> None:
         s = self.situation
         assert s.view.redis is not None
-        view = replace(s.view, redis=replace(s.view.redis, offset=offset), lease=replace(LEASE, epoch=epoch))
+        redis = replace(s.view.redis, offset=offset, log_base=log_base)
+        view = replace(s.view, redis=redis, lease=replace(LEASE, epoch=epoch))
         self.situation = replace(s, view=view, now=s.now + later)
 
     def stop_redis(self) -> None:
@@ -67,6 +68,14 @@ async def test_an_epoch_is_noted_at_once_and_an_offset_now_and_then(node: Node) 
     node.see(offset=OFFSET + 20, epoch=4)
     await node.ledger.note()
     assert (node.noted()["epoch"], node.noted()["offset"]) == (4, OFFSET + 20)
+
+
+async def test_files_that_were_written_anew_are_noted_at_once(node: Node) -> None:
+    await node.ledger.note()
+    node.log.write_bytes(b"12345678")
+    node.see(offset=OFFSET + 10, later=0.5, log_base=7)
+    await node.ledger.note()
+    assert (node.noted()["offset"], node.noted()["size"]) == (OFFSET + 10, 8)
 
 
 async def test_the_next_srd_knows_it_by_the_note_and_the_files(node: Node) -> None:
