@@ -15,6 +15,7 @@ from support.clusters import cluster_toml
 
 from bench.primacy.places import BALANCER, CLIENT, Place, wait
 from srd.trust.bundle import write_bundles
+from srd.web import health
 
 DIRECTORIES: Final = {"CONFIG": "etc", "STATE": "state", "RUN": "run", "LOG": "log"}
 SRD: Final = str(Path(__file__).parents[3] / ".venv/bin/srd")
@@ -96,15 +97,17 @@ class ManagedOnLoopback(Managed):
     def _lacks(self) -> str:
         for node in self._place.nodes:
             status, said = self._get(node, "/srd")
-            if status != 200:
+            if status != health.OK:
                 return f"{node}: {status} {said}"
             if codes := {condition["code"] for condition in json.loads(said)["conditions"]} - LASTING:
                 return f"{node}: {codes}"
         leading = self._leading()
-        return "" if len(leading) == 1 else f"primaries: {leading}"
+        following = [node for node in self._place.nodes if self._get(node, "/replica")[0] == health.OK]
+        whole = len(leading) == 1 and len(following) == len(self._place.nodes) - 1
+        return "" if whole else f"primaries: {leading}, replicas in step: {following}"
 
     def _leading(self) -> list[str]:
-        return [node for node in self._place.nodes if self._get(node, "/primary")[0] == 200]
+        return [node for node in self._place.nodes if self._get(node, "/primary")[0] == health.OK]
 
     def wait_whole(self) -> None:
         wait(self._lacks)

@@ -12,6 +12,7 @@ from support.lab import Lab
 
 from bench.primacy.managed import IN_MEMORY, Managed
 from bench.primacy.places import wait
+from srd.web import health
 
 
 class ManagedInLab(Managed):
@@ -23,6 +24,11 @@ class ManagedInLab(Managed):
 
     def wait_whole(self) -> None:
         self.lab.wait_whole()
+        self.lab.wait(self._all_follow, "the others are in step")
+
+    def _all_follow(self) -> bool:
+        followers = [node for node in self.lab.nodes if self.lab.get(node, "/replica").status == health.OK]
+        return len(followers) == len(self.lab.nodes) - 1
 
     def primary(self) -> str:
         return self.lab.primary()
