@@ -140,10 +140,12 @@ class ColdStart:
             return  # the sentinels need no help
         await self._failover.replace(former, f"{ahead} has the most data", since=None, prefer=ahead)
 
-    async def answer(self, topic: str, body: Body) -> Body:
-        """Answer another node's comparing: what this node has, or how much it has after an end."""
-        if topic == STOCK_TOPIC:
-            return (await self._stock()).body()
+    async def answer_stock(self, _peer: str, _: Body) -> Body:
+        """Answer another node that compares: what this node has."""
+        return (await self._stock()).body()
+
+    async def answer_after(self, _peer: str, body: Body) -> Body:
+        """Answer another node that compares: how much this node has after an end."""
         return {"after": await self._after(str(body.get("end", "")))}
 
     async def _ask_all(self, s: Situation) -> dict[str, Stock]:

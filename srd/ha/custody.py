@@ -6,7 +6,8 @@ wait until a majority of the sentinels has heard of it, which takes Sentinel 0.5
 learns of the promotion by an INFO that it sends once a second, sentinel.c sentinelSendPeriodicCommands).
 
 Only what is left, and counted on one clock each: the holder says for how many seconds its own lease would have held;
-the successor counts them from the moment when it asked. A holder gives its lease away when its redis has ended, or in a
+the successor counts them from the moment when it asked, or answered that it is ready, which the holder takes to be when
+that answer came. A holder gives its lease away when its redis has ended, or in a
 switchover just before it is made a replica; to one node, and has none itself until the given one has ended, whatever
 the sentinels say. Only in a switchover that comes to nothing it takes it back, and only if the heir was never told.
 """
@@ -36,6 +37,11 @@ class Custody:
         self.heir, self.given_until, self.told = heir, self.known_until, False
         return self.known_until - now
 
+    def tell(self, since: float) -> float:
+        """Return for how many seconds from that moment the heir has it, which is told so."""
+        self.told = True
+        return self.given_until - since
+
     def is_heir(self, node: str, now: float) -> bool:
         """Whether a node was given the lease, and it has not ended."""
         return self.heir_at(now) == node
@@ -49,9 +55,12 @@ class Custody:
         if not self.told:
             self.heir, self.given_until = None, 0.0
 
-    def take(self, asked: float, seconds: float) -> None:
-        """Have been given a lease of so many seconds by an answer to a question that was asked at that moment."""
-        self.granted_at, self.granted_until = asked, max(self.granted_until, asked + seconds)
+    def take(self, asked: float, seconds: float, *, promoted: float) -> None:
+        """Have been given a lease of so many seconds by an answer to a question that was asked at that moment.
+
+        `promoted` is a moment from which on this node's redis is known to be primary.
+        """
+        self.granted_at, self.granted_until = promoted, max(self.granted_until, asked + seconds)
 
     def has(self, now: float) -> bool:
         """Whether what it was given has not ended."""

@@ -60,6 +60,8 @@ CHOICE_SECONDS: Final = 3.0
 SETTLING_SECONDS: Final = 1.2
 # The candidate asks at each of its ticks: one that has not found it down yet would be asked again 0.2 s later.
 ASKING_MILLISECONDS: Final = 10
+# A vote takes 0.35 s from when the first of them finds the primary down: nobody has been chosen in so short a time.
+FRESH_SECONDS: Final = 0.1
 # For one step at all nodes that answer; one that does not is waited for as long.
 STEP_SECONDS: Final = 0.5
 STEERING_SECONDS: Final = 1.5
@@ -203,15 +205,21 @@ class Failover:
         async with self._busy:
             self._refused[prefer] = endpoint, now + UNFIT_SECONDS
             self._chosen.clear()
-            answers = await self._settled(endpoint)
+            async with asyncio.TaskGroup() as group:
+                settling = group.create_task(self._settled(endpoint))
+                comparing = group.create_task(self._compare(primary, prefer))
+            answers = settling.result()
             reason = unfit(config, answers, endpoint)
             if reason is not None:
                 self._say_once("leaving it to the sentinels", endpoint, reason)
                 return
             naming = [name for name, answer in answers.items() if _names(answer, endpoint)]
-            candidate = next((name for name in await self._steer(primary, prefer) if name in naming), None)
-            # Asked once more: hurried after a choice, they would judge the one that they have chosen by that.
-            late = "none knows whom to choose" if candidate is None else unfit(config, await self._ask(), endpoint)
+            knowing = await self._steer(primary, prefer, comparing.result())
+            candidate = next((name for name in knowing if name in naming), None)
+            # Hurried after a choice, they would judge the one that they have chosen by that.
+            if boottime() - min(answer.asked for answer in answers.values()) > FRESH_SECONDS:
+                answers = await self._ask()
+            late = "none knows whom to choose" if candidate is None else unfit(config, answers, endpoint)
             if candidate is None or late is not None:
                 self._say_once("not hurrying the sentinels", endpoint, str(late))
                 return
@@ -246,14 +254,19 @@ class Failover:
                 return answers
             await asyncio.sleep(HASTE_SECONDS / 4)
 
-    async def _steer(self, primary: Node, prefer: str | None) -> list[str]:
-        """Prefer a node, or the replica that has most if they differ; return the sentinels that know whom to choose."""
+    async def _compare(self, primary: Node, prefer: str | None) -> Mapping[str, Redis]:
+        """Return what the redises say that could take over; none is asked where it is known who is to."""
+        if prefer is not None:
+            return {}
         others = self._reachable(self._fleet.redises)
         others.pop(primary.name, None)
+        return await on_all(others, lambda redis: redis.observe(STEP_SECONDS))
+
+    async def _steer(self, primary: Node, prefer: str | None, said: Mapping[str, Redis]) -> list[str]:
+        """Prefer a node, or the replica that has most if they differ; return the sentinels that know whom to choose."""
         sentinels = self._talking(self._fleet.sentinels)
         best = prefer
         if best is None:
-            said = await on_all(others, lambda redis: redis.observe(STEP_SECONDS))
             if said and all(redis.priority == NEVER_PRIORITY for redis in said.values()):
                 return []  # nobody is to be promoted unless it is known to have most (ha/coldstart.py)
             best = most_advanced(said, self._stream_of(primary))

@@ -48,6 +48,11 @@ class Fleet:
             for client in retired:
                 await client.close()
 
+    async def reach_others(self, node: Node, seconds: float) -> None:
+        """Be in touch with every other node's redis, so that what it is told next costs one round trip."""
+        others = {name: client for name, client in self.redises.items() if name != node.name}
+        await on_all(others, lambda redis: redis.role(seconds))
+
     async def have_follow(self, node: Node, seconds: float) -> list[str]:
         """Have the redis of every other node that is a replica follow this node's; return which ones do now."""
         primary = endpoint_of(self.config, node)

@@ -60,10 +60,10 @@ class Losses:
         self._known[loss.kind] = dataclasses.replace(loss, noted=self._clock())
 
     def given(self) -> None:
-        """Take note that this node's lease was given to its successor, which leads from now on."""
+        """Take note that this node's lease was given to its successor, which leads from now on, as it says last."""
         now = self._clock()
         for kind, loss in self._known.items():
-            if loss.primary == self._own and loss.led is None:
+            if loss.primary == self._own:
                 self._known[kind] = dataclasses.replace(loss, led=now)
 
     def handed_over(self, gap_seconds: float) -> None:

@@ -17,6 +17,7 @@ from srd.changes import ChangeKind
 from srd.cluster import Config, Node
 from srd.desired import Start
 from srd.ha import restart
+from srd.ha.bequest import Bequest
 from srd.ha.chronicle import HISTORY_TOPIC, Chronicle
 from srd.ha.coldstart import AFTER_TOPIC, STOCK_TOPIC, ColdStart
 from srd.ha.custody import Custody
@@ -28,12 +29,12 @@ from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.observe import Observer
 from srd.ha.progress import Stock
-from srd.ha.promotion import LEASE_TOPIC, REIGN_TOPIC, Promotion
+from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, REIGN_TOPIC, Promotion
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.restart import Death
 from srd.ha.switchover import FINISHING_SECONDS, Switched, Switchover
-from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, Service, SrdError
+from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, SrdError
 from srd.reconcile import Loop, boottime, contained
 from srd.state import Situation, Store
 
@@ -124,7 +125,13 @@ class Primacy:
             comparing = Loop("cold start", self._cold.reconcile, resync=COMPARING_SECONDS, timeout=REPLACING_SECONDS)
             self.bodies.append(comparing.run)
             promotion = Promotion(
-                self._fleet, node, store=store, custody=self._custody, ask_peer=ask_peer, wake=self.look
+                self._fleet,
+                node,
+                store=store,
+                custody=self._custody,
+                ask_peer=ask_peer,
+                look=self._look_at_redis,
+                judge=self._judge,
             )
             self._promotion = promotion
             hearers.append(promotion.heard)
@@ -159,6 +166,17 @@ class Primacy:
             custody=self._custody,
         )
         self.bodies.append(self.observer.run)
+        self._bequest = Bequest(custody=self._custody, losses=self._losses, situation=situation, judge=self._judge)
+        self._answers: dict[str, Callable[[str, Body], Awaitable[Body]]] = {
+            LEASE_TOPIC: self._answer_lease,
+            SWITCHOVER_TOPIC: self._answer_switchover,
+            ENDING_TOPIC: self._answer_ending,
+            HISTORY_TOPIC: self._answer_history,
+            STOCK_TOPIC: self._cold.answer_stock,
+            AFTER_TOPIC: self._cold.answer_after,
+        }
+        if self._promotion is not None:
+            self._answers |= {HEIR_TOPIC: self._promotion.expect, REIGN_TOPIC: self._promotion.succeed}
         self._store = store
         self._primary: Endpoint | None = None  # as the watches have last looked at it
         store.on_change(self._stir)
@@ -338,49 +356,35 @@ class Primacy:
         """Answer another node's srd; `RefusedError` says why not. A client's has no say in who is primary."""
         if all(voter.name != peer for voter in self._config.voters):
             raise RefusedError("answer", topic, f"{peer} runs no sentinel of this cluster")
-        if topic == LEASE_TOPIC:
-            return {"seconds": self._give_lease(peer)}
-        if topic == REIGN_TOPIC and self._promotion is not None and body.get("former") == peer:
-            await self._promotion.succeed(peer)
-            return {}
-        if topic == SWITCHOVER_TOPIC:
-            to, by = body.get("to"), body.get("by")
-            return await self.switch_over(
-                to if isinstance(to, str) else None,
-                dry_run=body.get("dry_run") is True,
-                by=by[:MOST_TOLD] if isinstance(by, str) else peer,
-            )
-        if topic == ENDING_TOPIC:
-            own = endpoint_of(self._config, self._config.node(peer))
-            self._losses.note(Loss(ChangeKind.OPERATOR, own, boottime(), f"srd was stopped on {peer}", peer))
-            return {}
-        if topic in (STOCK_TOPIC, AFTER_TOPIC):
-            return await self._cold.answer(topic, body)
-        if topic == HISTORY_TOPIC:
-            return self._chronicle.answer(peer, body)
-        raise RefusedError("answer", topic, "this srd knows no such question")
+        answer = self._answers.get(topic)
+        if answer is None:
+            raise RefusedError("answer", topic, "this srd knows no such question")
+        return await answer(peer, body)
+
+    async def _answer_lease(self, peer: str, _: Body) -> Body:
+        return self._bequest.answer(peer)
+
+    async def _answer_switchover(self, peer: str, body: Body) -> Body:
+        to, by = body.get("to"), body.get("by")
+        return await self.switch_over(
+            to if isinstance(to, str) else None,
+            dry_run=body.get("dry_run") is True,
+            by=by[:MOST_TOLD] if isinstance(by, str) else peer,
+        )
+
+    async def _answer_ending(self, peer: str, _: Body) -> Body:
+        own = endpoint_of(self._config, self._config.node(peer))
+        self._losses.note(Loss(ChangeKind.OPERATOR, own, boottime(), f"srd was stopped on {peer}", peer))
+        return {}
+
+    async def _answer_history(self, peer: str, body: Body) -> Body:
+        return self._chronicle.answer(peer, body)
+
+    def _look_at_redis(self) -> None:
+        self.observer.loop.wake()
 
     def _judge(self) -> None:
         self.observer.judge()
-
-    def _give_lease(self, peer: str) -> float:
-        """Give what is left of this node's lease to the node whose redis was promoted; return for how many seconds."""
-        s = self._situation()
-        child, redis = s.view.children.get(Service.REDIS), s.view.redis
-        runs = child is not None and child.pid is not None
-        if not self._custody.is_heir(peer, s.now):
-            if runs and (redis is None or redis.role is not Role.REPLICA):
-                raise RefusedError("give", "the lease", f"the redis of {s.node.name} may be primary itself")
-            named = s.view.named
-            if named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, s.config.node(peer))):
-                raise RefusedError("give", "the lease", f"the sentinels name {named}")
-        seconds = self._custody.give(peer, s.now)
-        if seconds <= 0:
-            raise RefusedError("give", "the lease", f"{s.node.name} has none")
-        self._custody.told = True
-        self._losses.given()
-        self._judge()
-        return seconds
 
     async def _have_it_replaced(self) -> None:
         """Whenever this node's redis has died as the primary: have the sentinels choose another at once."""

@@ -5,10 +5,10 @@ INFO, up to a second later, that it is done; only then does it tell the other se
 Meanwhile there is a primary that nobody is led to, and that takes no writes for want of a replica
 (min-replicas-to-write): 1.16 s measured, 0.20 s when the replicas were told at once.
 
-So the srd beside the chosen one watches for the moment when ROLE says master. Then, side by side:
-* it asks the former primary's srd for what is left of its lease (ha/custody.py); where that srd is gone, too, it waits
-  for a majority of the sentinels as ever;
-* it has the other replicas follow.
+So the srd beside the chosen one asks the former primary's srd for the rest of its lease (ha/custody.py), and watches
+for the moment when ROLE says master: only then it has that lease. Where that srd is gone, too, it waits for a majority
+of the sentinels as ever. At that moment it also has the other replicas follow. Not before: a replica whose own primary
+is gone refuses them (-NOMASTERLINK, replication.c), and they would try again a second later.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import ipaddress
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -28,13 +29,14 @@ from srd.ha.lease import endpoint_of
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SELECTED, Event
-from srd.model import AskPeer, Endpoint, Role, SrdError
+from srd.model import AskPeer, Body, Endpoint, Role, SrdError
 from srd.reconcile import boottime, contained
 from srd.state import Store, View
 
 log = structlog.get_logger(__name__)
 
 LEASE_TOPIC: Final = "lease"
+HEIR_TOPIC: Final = "heir"
 REIGN_TOPIC: Final = "reign"
 # The leader sends SLAVEOF NO ONE at its next tick, 0.05 to 0.1 s after its choice; it gives up after failover-timeout.
 PROMOTION_SECONDS: Final = 5.0
@@ -45,8 +47,20 @@ CLAIM_SECONDS: Final = 1.0
 LEADING_SECONDS: Final = 0.3
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a node's srd would give of its lease: for so many seconds from when it was asked, on this node's clock."""
+
+    source: str
+    asked: float
+    seconds: float
+
+
 class Promotion:
-    """Follows a promotion of this node's redis through. `run` is one of the daemon's bodies."""
+    """Follows a promotion of this node's redis through. `run` and `gather` are two of the daemon's bodies.
+
+    `look` has this node's redis asked again soon, `judge` has the lease judged at once.
+    """
 
     def __init__(
         self,
@@ -56,17 +70,20 @@ class Promotion:
         store: Store,
         custody: Custody,
         ask_peer: AskPeer,
-        wake: Callable[[], None],
+        look: Callable[[], None],
+        judge: Callable[[], None],
     ) -> None:
         self._store = store
         self._fleet = fleet
         self._node = node
         self._custody = custody
         self._ask_peer = ask_peer
-        self._wake = wake
+        self._look = look
+        self._judge = judge
         self._selected = asyncio.Event()
         self._followers = asyncio.Event()
         self._former: Endpoint | None = None
+        self._expected: tuple[str, float] | None = None  # who is about to switch over to this node, known since when
 
     def heard(self, event: Event) -> None:
         """Take note of what a sentinel has announced: whom a leader has chosen, and whose place that one takes."""
@@ -80,38 +97,46 @@ class Promotion:
         while True:
             await self._selected.wait()
             self._selected.clear()
-            if await self._promoted(self._fleet.redises[self._node.name]):
-                await contained("promotion", self._reign)
+            await contained("promotion", self._follow_through)
 
-    async def _promoted(self, own: RedisClient) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PROMOTION_SECONDS):
-                while True:
-                    with contextlib.suppress(RespError):
-                        if await own.role(STEP_SECONDS) is Role.PRIMARY:
-                            return True
-                    await asyncio.sleep(LOOK_SECONDS)
-        return False
+    async def _follow_through(self) -> None:
+        if _leads(self._store.view()):
+            return  # it was switched over to, and the sentinels come to know
+        async with asyncio.TaskGroup() as group:
+            offer = group.create_task(self._ask_for_lease())
+            group.create_task(self._fleet.reach_others(self._node, STEP_SECONDS))
+            promoted = await _promoted(self._fleet.redises[self._node.name])
+            if promoted is None:
+                return
+            self._look()
+            group.create_task(self._gather())
+            self._take(await offer, promoted)
+            self._take(await self._ask_for_lease(), promoted)  # once more: that srd takes note of when this one leads
 
-    async def succeed(self, former: str) -> None:
+    async def expect(self, former: str, _: Body) -> Body:
+        """Get ready for a primary that is about to switch over to this node: what it gives then is counted from now."""
+        self._expected = former, boottime()
+        await self._fleet.reach_others(self._node, STEP_SECONDS)
+        return {}
+
+    async def succeed(self, former: str, body: Body) -> Body:
         """Take over from a primary that has switched over to this node; return when this node leads, by its own word.
 
-        Clients of the former primary are cut off then, and it is here that they knock at once.
+        Clients of the former primary are cut off then, and it is here that they knock at once. `seconds` in `body` is
+        what is left of its lease, from when it was `expect`ed; where it was not, it is asked.
         """
+        seconds = body.get("seconds")
+        promoted, expected, self._expected = boottime(), self._expected, None
+        self._look()  # redis is not known to be primary yet
         self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
-        self._wake()  # redis is not known to be primary yet
-        await self._claim()
+        if seconds is not None and expected is not None and expected[0] == former:
+            self._take(self._offer(former, expected[1], seconds), promoted)
+        else:
+            self._take(await self._ask_for_lease(), promoted)
         self._followers.set()
         with contextlib.suppress(TimeoutError):
             await self._store.wait_for(_leads, LEADING_SECONDS)
-
-    async def _reign(self) -> None:
-        """Take over from the former primary: its lease, and its replicas."""
-        self._wake()
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._claim())
-            group.create_task(self._gather())
-        self._wake()
+        return {}
 
     async def gather(self) -> None:
         """Have the replicas follow whenever this node has succeeded; until cancelled."""
@@ -120,25 +145,45 @@ class Promotion:
             self._followers.clear()
             await contained("promotion", self._gather)
 
-    async def _claim(self) -> None:
+    async def _ask_for_lease(self) -> Offer | None:
+        """Ask the former primary's srd for what is left of its lease; None if it does not give it."""
         config = self._fleet.config
         former = config.node_at(self._former.address) if self._former is not None else None
         if former is None or former == self._node:
-            return
+            return None
         asked = boottime()
         try:
             answer = await self._ask_peer(former.name, LEASE_TOPIC, {}, CLAIM_SECONDS)
         except SrdError as error:
             log.info("no lease from the former primary", peer=former.name, why=str(error))
-            return
-        seconds = answer.get("seconds")
-        if isinstance(seconds, (int, float)) and 0 < seconds <= config.primary_lease:
-            self._custody.take(asked, seconds)
-            log.info("lease", source=former.name, seconds=round(seconds, 3))
-            self._wake()
+            return None
+        return self._offer(former.name, asked, answer.get("seconds"))
+
+    def _offer(self, source: str, asked: float, seconds: object) -> Offer | None:
+        if isinstance(seconds, (int, float)) and 0 < seconds <= self._fleet.config.primary_lease:
+            return Offer(source, asked, seconds)
+        return None
+
+    def _take(self, offer: Offer | None, promoted: float) -> None:
+        if offer is not None:
+            self._custody.take(offer.asked, offer.seconds, promoted=promoted)
+            log.info("lease", source=offer.source, seconds=round(offer.seconds, 3))
+            self._judge()
 
     async def _gather(self) -> None:
         log.info("promoted", replicas=await self._fleet.have_follow(self._node, STEP_SECONDS))
+
+
+async def _promoted(own: RedisClient) -> float | None:
+    """Return from when on this node's redis is known to be primary; None if it does not become it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PROMOTION_SECONDS):
+            while True:
+                with contextlib.suppress(RespError):
+                    if await own.role(STEP_SECONDS) is Role.PRIMARY:
+                        return boottime()
+                await asyncio.sleep(LOOK_SECONDS)
+    return None
 
 
 def _leads(view: View) -> bool:

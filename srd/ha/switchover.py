@@ -4,7 +4,8 @@ The primary's srd does it, in this order (A is the primary, B its successor, S o
 
 1. B is preferred (replica-priority), and a majority of the sentinels, S among them, has seen that. As many other
    replicas as A can spare follow B already, which passes A's stream on: without a replica B would refuse writes at
-   first (min-replicas-to-write).
+   first (min-replicas-to-write). B's srd is told that it is about to lead, so that what is left of the lease, counted
+   from then, can be handed over in step 5 without a question back.
 2. A: CLIENT PAUSE WRITE. What clients send from now on waits, and is not acknowledged.
 3. B has all that A has: the offsets are equal, 1 to 4 ms later. Not within `CATCH_UP_SECONDS`: everything is undone.
 4. A's srd stops using its lease: /primary says no here. A: REPLICAOF B. From now on nobody acknowledges a write.
@@ -40,12 +41,12 @@ from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
-from srd.ha.promotion import REIGN_TOPIC
+from srd.ha.promotion import HEIR_TOPIC, REIGN_TOPIC
 from srd.ha.redis import RedisClient
 from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
 from srd.ha.successor import choose, obstacles
-from srd.model import AskPeer, RefusedError, Role, SrdError
+from srd.model import AskPeer, Body, RefusedError, Role, SrdError
 from srd.reconcile import boottime, to_its_end
 from srd.state import Situation
 
@@ -191,6 +192,7 @@ class Switchover:
         await self._refreshed()
         if found := obstacles(self._situation(), successor):  # seconds have passed since that was asked
             raise RefusedError("switch over to", successor.name, "; ".join(found))
+        expected = await self._announce(successor)
         paused = boottime()
         try:
             await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS)
@@ -208,7 +210,7 @@ class Switchover:
                 self._losses.stayed()
                 await self._lead_again(old)
                 raise
-            await self._have_it_reign(successor)
+            await self._have_it_reign(successor, expected)
             gap = boottime() - paused
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
@@ -226,10 +228,20 @@ class Switchover:
         self._judge()
         await old.follow(endpoint_of(self._fleet.config, successor), STEP_SECONDS)
 
-    async def _have_it_reign(self, successor: Node) -> None:
-        """Have the successor's srd take the rest of the lease, say yes to /primary, and have the replicas follow."""
+    async def _announce(self, successor: Node) -> float | None:
+        """Have the successor's srd get ready; return when it was, None where that is not known."""
         try:
-            await self._ask_peer(successor.name, REIGN_TOPIC, {"former": self._node.name}, STEP_SECONDS)
+            await self._ask_peer(successor.name, HEIR_TOPIC, {}, STEP_SECONDS)
+        except SrdError as error:
+            log.info("the successor's srd does not get ready; it will ask for the lease", error=str(error))
+            return None
+        return boottime()
+
+    async def _have_it_reign(self, successor: Node, expected: float | None) -> None:
+        """Have the successor's srd take the rest of the lease, say yes to /primary, and have the replicas follow."""
+        body: Body = {} if expected is None else {"seconds": self._custody.tell(expected)}
+        try:
+            await self._ask_peer(successor.name, REIGN_TOPIC, body, STEP_SECONDS)
         except SrdError as error:
             log.warning("the successor's srd does not answer; it leads when the sentinels name it", error=str(error))
 

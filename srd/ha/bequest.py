@@ -1,0 +1,42 @@
+"""What the srd of a primary that is gone, or has switched over, gives to its successor: the rest of its lease."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from srd.ha.custody import Custody
+from srd.ha.lease import endpoint_of
+from srd.ha.losses import Losses
+from srd.model import Body, RefusedError, Role, Service
+from srd.state import Situation
+
+
+class Bequest:
+    """Gives the rest of this node's lease away, once; `judge` has it judged again at once."""
+
+    def __init__(
+        self, *, custody: Custody, losses: Losses, situation: Callable[[], Situation], judge: Callable[[], None]
+    ) -> None:
+        self._custody, self._losses, self._situation, self._judge = custody, losses, situation, judge
+
+    def answer(self, peer: str) -> Body:
+        """Give what is left of the lease to the node whose redis is promoted; return for how many `seconds`.
+
+        `RefusedError` says why not: this node's redis may be primary itself, somebody else is named, or there is none.
+        """
+        s = self._situation()
+        child, redis = s.view.children.get(Service.REDIS), s.view.redis
+        runs = child is not None and child.pid is not None
+        if not self._custody.is_heir(peer, s.now):
+            if runs and (redis is None or redis.role is not Role.REPLICA):
+                raise RefusedError("give", "the lease", f"the redis of {s.node.name} may be primary itself")
+            named = s.view.named
+            if named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, s.config.node(peer))):
+                raise RefusedError("give", "the lease", f"the sentinels name {named}")
+        seconds = self._custody.give(peer, s.now)
+        if seconds <= 0:
+            raise RefusedError("give", "the lease", f"{s.node.name} has none")
+        self._custody.told = True
+        self._losses.given()
+        self._judge()
+        return {"seconds": seconds}
