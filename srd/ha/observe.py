@@ -6,7 +6,8 @@ append-only file after a full disk (ha/torn.py).
 
 Every one of them is asked by a loop of its own, so that one that does not answer delays no other, and every answer is
 published at once. A sentinel's last answer stays until it is too old to count. Events of the sentinels only wake the
-loops: they can be missed, arrive late or twice, and the next answer is right in any case.
+loops, those that tell of another answer (`TELLING`): they can be missed, arrive late or twice, and the next answer is
+right in any case.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ REDIS_POLL_SECONDS: Final = 0.5
 # A sentinel that answers at once is asked four times in a lease, a slow one twice.
 QUESTIONS_PER_LEASE: Final = 4
 SENTINEL_POLL_SECONDS: Final = 1.0
+# A failover is announced in some thirty events, of which these change whom a sentinel names or whether it is content.
+# At each of them three nodes ask nine times: on the lab's one CPU a kill cost 1.02 s with all thirty, 0.90 s with these.
+TELLING: Final = frozenset({
+    SUBSCRIBED, SELECTED, "+promoted-slave", "+switch-master", "-sdown", "-odown", "+tilt", "-tilt",
+    "+failover-end", "+failover-end-for-timeout", "-failover-abort-not-elected", "-failover-abort-no-good-slave",
+    "-failover-abort-slave-timeout", "-failover-abort-master-is-back",
+})  # fmt: skip
 # What a pass may take beyond its question: nothing in it waits for anyone else.
 _PASS_SLACK_SECONDS: Final = 2.0
 
@@ -292,6 +300,8 @@ class Observer:
             self._hasty.end_now()
         for hearer in self._hearers:
             hearer(event)
+        if event.name not in TELLING:
+            return
         self.wake()
         for callback in self._callbacks:
             callback()
