@@ -41,7 +41,7 @@ REDIS_POLL_SECONDS: Final = 0.5
 QUESTIONS_PER_LEASE: Final = 4
 SENTINEL_POLL_SECONDS: Final = 1.0
 # A failover is announced in some thirty events, of which these change whom a sentinel names or whether it is content.
-# At each of them three nodes ask nine times: on the lab's one CPU a kill cost 1.02 s with all thirty, 0.90 s with these.
+# At each of them three nodes ask nine times: on the lab's one CPU a kill cost 1.02 s with all of them, 0.90 with these.
 TELLING: Final = frozenset({
     SUBSCRIBED, SELECTED, "+promoted-slave", "+switch-master", "-sdown", "-odown", "+tilt", "-tilt",
     "+failover-end", "+failover-end-for-timeout", "-failover-abort-not-elected", "-failover-abort-no-good-slave",

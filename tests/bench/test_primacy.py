@@ -15,7 +15,7 @@ from support.directories import passable
 
 from bench.primacy.figures import Figure, keep, seconds
 from bench.primacy.managed import Arrangement, ManagedOnLoopback
-from bench.primacy.measures import DEPOSED_SECONDS, kill, move
+from bench.primacy.measures import DEPOSED_SECONDS, kill, move, reconnect
 from bench.primacy.places import OnLoopback, Place, explained, own_network
 from bench.primacy.plain import Plain
 
@@ -50,6 +50,7 @@ def test_writes_are_back_after_a_kill_of_the_primary(there: tuple[Place, Arrange
 def test_the_primary_is_moved(there: tuple[Place, Arrangement]) -> None:
     place, cluster = there
     lasting = DEPOSED_SECONDS if cluster.name != "srd" else 0.5
+    keep(Figure("reconnect", "loopback", cluster.name, seconds(reconnect(place, cluster, SWITCHOVERS))))
     moved = [move(place, cluster, number, lasting) for number in range(SWITCHOVERS)]
     lost, all_of = sum(each.lost for each in moved), sum(each.acknowledged for each in moved)
     keep(Figure("move", "loopback", cluster.name, f"{seconds([m.gap for m in moved])}; {lost} of {all_of} lost"))

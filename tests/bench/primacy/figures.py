@@ -16,10 +16,13 @@ ROWS: Final = {
     "kill": "kill -9 of the primary's redis, until writes are back",
     "silence": "the primary's node falls silent, until writes are back",
     "move": "the primary is moved: time without a write, writes lost",
+    "reconnect": "a client ends its connection and opens another one: time without a write",
     "restart": "the primary is killed and started again, persistence off",
     "part": "5 nodes, primary and writer in the minority: writes lost",
     "part-1": "the same, writes confirmed by one replica (WAIT 1)",
     "part-2": "the same, writes confirmed by a majority (WAIT 2)",
+    "alone": "5 nodes, the primary alone with the writers: writes lost",
+    "alone-1": "the same, writes confirmed by one replica (WAIT 1)",
 }
 
 

@@ -68,6 +68,21 @@ def move(place: Place, cluster: Arrangement, number: int, lasting: float) -> Mov
         return Moved(written.gap(), len(written.acknowledged), len(writing.missing()))
 
 
+def reconnect(place: Place, cluster: Arrangement, times: int) -> list[float]:
+    """Have a writer that does not pause go on over a new connection; return for how long no write was acknowledged.
+
+    That is what a move of the primary costs a client at least: its connection to the former one ends.
+    """
+    cluster.wait_whole()
+    with place.writer(cluster.password, "reconnect:") as writing:
+        moments = []
+        for _ in range(times):
+            moments.append(writing.cut())
+            time.sleep(PAUSE_SECONDS * 10)
+        written = writing.end()
+    return [written.gap_at(moment) for moment in moments]
+
+
 def restart(place: Place, cluster: Arrangement, lasting: float) -> int:
     """Kill a primary that keeps nothing on disk, and have it started again; count what is lost so much later."""
     cluster.wait_whole()
@@ -100,18 +115,22 @@ def part(
     cluster: Arrangement,
     confirmations: Sequence[int],
     *,
+    alone: bool = False,
     writes: int = WRITES,
     seconds: float = PARTITION_SECONDS,
     lasting: float = 0.0,
 ) -> list[Parted]:
     """Cut the primary off with the balancer, the writers, one for each of `confirmations`, and what else is a minority.
 
+    `alone`: without any other node.
+
     It holds for so many `writes` of the first writer, over so many `seconds` or more. What is missing is counted when
     the cluster is whole again, and that is looked at after it has been `lasting` for so many seconds.
     """
     cluster.wait_whole()
     primary = cluster.primary()
-    companions = [node for node in place.nodes if node != primary][: (len(place.nodes) - 1) // 2 - 1]
+    others = [node for node in place.nodes if node != primary]
+    companions = [] if alone else others[: (len(place.nodes) - 1) // 2 - 1]
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(place.writer(cluster.password, f"part:{number}:", pause=seconds / writes, wait=number))

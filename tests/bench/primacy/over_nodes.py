@@ -12,7 +12,7 @@ from bench.primacy.conftest import Plainly
 from bench.primacy.figures import Figure, keep, seconds
 from bench.primacy.managed import Arrangement
 from bench.primacy.managed_in_lab import ManagedInLab
-from bench.primacy.measures import DEPOSED_SECONDS, KEYS, Moved, kill, move, restart, silence
+from bench.primacy.measures import DEPOSED_SECONDS, KEYS, Moved, kill, move, reconnect, restart, silence
 from bench.primacy.places import InLab
 
 FAILOVERS = int(os.environ.get("LAB_BENCH_FAILOVERS", "3"))
@@ -60,6 +60,7 @@ def test_srd_after_a_silent_loss_of_the_primarys_node(srd: tuple[InLab, ManagedI
 
 def test_srd_at_a_switchover(srd: tuple[InLab, ManagedInLab]) -> None:
     place, cluster = srd
+    note("reconnect", cluster, seconds(reconnect(place, cluster, SWITCHOVERS)))
     moved = [move(place, cluster, number, SETTLED_SECONDS) for number in range(SWITCHOVERS)]
     note_moves(cluster, moved)
     assert sum(each.lost for each in moved) == 0

@@ -17,23 +17,33 @@ MAJORITY = 2  # replicas that are more than half of five nodes, with the primary
 FENCED_SECONDS = 3.0
 
 
-def note(cluster: Arrangement, parted: list[Parted]) -> None:
+def note(row: str, cluster: Arrangement, parted: list[Parted]) -> None:
     for each in parted:
         how = f" with WAIT {each.confirmations}" if each.confirmations else ""
         last = f", the last one {each.last:.2f} s after the cut" if each.lost else ""
         text = f"{each.lost} of {each.acknowledged}{how}{last} ({each.tried} tried in {each.seconds:.0f} s)"
-        keep(Figure("part" if not each.confirmations else f"part-{each.confirmations}", "lab", cluster.name, text))
+        keep(Figure(row if not each.confirmations else f"{row}-{each.confirmations}", "lab", cluster.name, text))
 
 
 def test_plain_sentinel(plain: Plainly) -> None:
     place, cluster = plain()
-    note(cluster, part(place, cluster, (0, 1, MAJORITY), lasting=DEPOSED_SECONDS))
+    note("part", cluster, part(place, cluster, (0, 1, MAJORITY), lasting=DEPOSED_SECONDS))
 
 
 def test_srd(srd: tuple[InLab, ManagedInLab]) -> None:
     place, cluster = srd
     parted = part(place, cluster, (0, 1, MAJORITY))
-    note(cluster, parted)
+    note("part", cluster, parted)
     plain, _, confirmed = parted
+    assert plain.last <= FENCED_SECONDS
+    assert confirmed.lost == 0
+
+
+def test_srd_with_the_primary_alone(srd: tuple[InLab, ManagedInLab]) -> None:
+    """Then one confirmation is a majority's: no replica is with the primary."""
+    place, cluster = srd
+    parted = part(place, cluster, (0, 1), alone=True)
+    note("alone", cluster, parted)
+    plain, confirmed = parted
     assert plain.last <= FENCED_SECONDS
     assert confirmed.lost == 0

@@ -162,6 +162,11 @@ class Written:
         times = list(self.acknowledged.values())
         return max(after - before for before, after in itertools.pairwise(times))
 
+    def gap_at(self, moment: float) -> float:
+        """Return the time between the last acknowledged write before a moment and the first one after it."""
+        times = list(self.acknowledged.values())
+        return next(after - before for before, after in itertools.pairwise(times) if before <= moment < after)
+
 
 class Writing:
     """A writer that runs."""
@@ -186,6 +191,10 @@ class Writing:
     def tried(self) -> int:
         """Return how many writes it has tried."""
         return int(self._ask("tried"))
+
+    def cut(self) -> float:
+        """Have it go on over another connection; return at what CLOCK_MONOTONIC it closed the one that it had."""
+        return float(self._ask("cut"))
 
     def end(self) -> Written:
         """Have it write no more."""

@@ -8,6 +8,7 @@ each one that comes after a failure; obeys what it reads on standard input, a wo
 
     end        it writes no more: [number, CLOCK_MONOTONIC] of each acknowledged write, and the last error
     tried      how many writes it has tried
+    cut        it closes its connection, and says at what CLOCK_MONOTONIC; the next write opens another one
     missing    the numbers of those that redis has not now; asked until redis answers
 """
 
@@ -66,6 +67,11 @@ class Writer:
         replicas = self._client.ask("WAIT", str(self._confirmations), str(CONFIRM_MILLISECONDS))
         return isinstance(replicas, int) and replicas >= self._confirmations
 
+    def cut(self) -> float:
+        moment = time.monotonic()
+        self._client.close()
+        return moment
+
     def end(self) -> dict[str, object]:
         return {"tried": self.tried, "acknowledged": self.acknowledged, "last_error": self._last_error}
 
@@ -96,7 +102,7 @@ def main(prefix: str, pause: float, confirmations: int, count: int) -> int:
             if not word:
                 return 0
             ended = ended or word == "end"
-            answers = {"end": writer.end, "missing": writer.missing, "tried": lambda: writer.tried}
+            answers = {"end": writer.end, "missing": writer.missing, "cut": writer.cut, "tried": lambda: writer.tried}
             print(json.dumps(answers[word]()), flush=True)
         elif writes:
             due = max(due + pause, time.monotonic() - pause)
