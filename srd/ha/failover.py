@@ -20,29 +20,25 @@ agreement at the same tick, and each vote for itself; the next attempt came 10 t
 nodes share a CPU). So all but one are told not to ask the others, and are told back with the rest. Should that stay
 with one for want of a srd beside it, it votes as ever; the one that stands goes on asking at each of its ticks.
 
-Which replica: the sentinels take the greatest offset by their last INFO, which may be a second old (2 of 10 choices
-were wrong, 2,300 to 2,500 acknowledged writes lost, where a replica's link had stalled just before). Asked now that
-nothing is written any more, the replicas say who has most; if they differ, that one gets the lowest
-replica-priority and the vote waits until the sentinels have seen it.
+Which replica: srd sees to it that they know who has most (ha/preference.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Final
 
 import structlog
 
-from srd.cluster import MIN_REPLICAS_MAX_LAG, NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
-from srd.ha.fleet import C, Fleet, on_all
+from srd.cluster import MIN_REPLICAS_MAX_LAG, Config, Node
+from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import FAILOVER_FLAG, PROMOTED_FLAG, endpoint_of, fresh
+from srd.ha.preference import STEP_SECONDS, Preference
 from srd.ha.sentinel import NEVER_MILLISECONDS, OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
-from srd.ha.successor import is_heard
-from srd.model import Endpoint, Role
+from srd.model import Endpoint
 from srd.reconcile import boottime
-from srd.state import Redis, SentinelAnswer, Situation
+from srd.state import SentinelAnswer, Situation
 
 log = structlog.get_logger(__name__)
 
@@ -62,9 +58,6 @@ SETTLING_SECONDS: Final = 1.2
 ASKING_MILLISECONDS: Final = 10
 # A vote takes 0.35 s from when the first of them finds the primary down: nobody has been chosen in so short a time.
 FRESH_SECONDS: Final = 0.1
-# For one step at all nodes that answer; one that does not is waited for as long.
-STEP_SECONDS: Final = 0.5
-STEERING_SECONDS: Final = 1.5
 # Sentinels that were not of one mind may be so soon: one was just starting, or had an older name still.
 UNFIT_SECONDS: Final = 1.0
 
@@ -142,7 +135,7 @@ class Failover:
         self._situation = situation
         self._wake = wake
         self._hurrying = hurrying
-        self._own_stream = own_stream
+        self._preference = Preference(fleet, situation=situation, own_stream=own_stream)
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
         self._aligned: Node | None = None
@@ -207,14 +200,14 @@ class Failover:
             self._chosen.clear()
             async with asyncio.TaskGroup() as group:
                 settling = group.create_task(self._settled(endpoint))
-                comparing = group.create_task(self._compare(primary, prefer))
+                looking = group.create_task(self._preference.look(primary, prefer))
             answers = settling.result()
             reason = unfit(config, answers, endpoint)
             if reason is not None:
                 self._say_once("leaving it to the sentinels", endpoint, reason)
                 return
             naming = [name for name, answer in answers.items() if _names(answer, endpoint)]
-            knowing = await self._steer(primary, prefer, comparing.result())
+            knowing = await self._preference.settle(primary, prefer, looking.result())
             candidate = next((name for name in knowing if name in naming), None)
             # Hurried after a choice, they would judge the one that they have chosen by that.
             if boottime() - min(answer.asked for answer in answers.values()) > FRESH_SECONDS:
@@ -242,7 +235,7 @@ class Failover:
             log.warning(event, primary=str(primary), why=why)
 
     async def _ask(self) -> Mapping[str, SentinelAnswer]:
-        return await on_all(self._talking(self._fleet.sentinels), lambda sentinel: sentinel.ask(STEP_SECONDS))
+        return await on_all(self._preference.sentinels(), lambda sentinel: sentinel.ask(STEP_SECONDS))
 
     async def _settled(self, primary: Endpoint) -> Mapping[str, SentinelAnswer]:
         """Return what the sentinels say once they can be hurried, or after a while: one answer may be late."""
@@ -253,60 +246,6 @@ class Failover:
             if replacing or boottime() > deadline or unfit(self._fleet.config, answers, primary) is None:
                 return answers
             await asyncio.sleep(HASTE_SECONDS / 4)
-
-    async def _compare(self, primary: Node, prefer: str | None) -> Mapping[str, Redis]:
-        """Return what the redises say that could take over; none is asked where it is known who is to."""
-        if prefer is not None:
-            return {}
-        others = self._reachable(self._fleet.redises)
-        others.pop(primary.name, None)
-        return await on_all(others, lambda redis: redis.observe(STEP_SECONDS))
-
-    async def _steer(self, primary: Node, prefer: str | None, said: Mapping[str, Redis]) -> list[str]:
-        """Prefer a node, or the replica that has most if they differ; return the sentinels that know whom to choose."""
-        sentinels = self._talking(self._fleet.sentinels)
-        best = prefer
-        if best is None:
-            if said and all(redis.priority == NEVER_PRIORITY for redis in said.values()):
-                return []  # nobody is to be promoted unless it is known to have most (ha/coldstart.py)
-            best = most_advanced(said, self._stream_of(primary))
-            if best is None:
-                return list(sentinels)
-            log.info("preferring", replica=best, offsets={name: redis.offset for name, redis in said.items()})
-        endpoint = endpoint_of(self._fleet.config, self._fleet.config.node(best))
-        preferred = {best: self._fleet.redises[best]}
-        await on_all(sentinels, lambda sentinel: sentinel.look_every(OFTEN_MILLISECONDS, STEP_SECONDS))
-        await on_all(preferred, lambda redis: redis.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS))
-        knowing: list[str] = []
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STEERING_SECONDS):
-                # Sentinels announce no priority.
-                while len(knowing := await _that_know(sentinels, endpoint)) < len(sentinels):  # noqa: ASYNC110
-                    await asyncio.sleep(HASTE_SECONDS / 4)
-        return knowing if knowing or prefer is not None else list(sentinels)
-
-    def _talking(self, clients: Mapping[str, C]) -> dict[str, C]:
-        """Return the clients but for those of nodes that are known to be silent: each would cost a whole step."""
-        silent = self._situation().view.silent
-        return {name: client for name, client in clients.items() if name not in silent}
-
-    def _reachable(self, clients: Mapping[str, C]) -> dict[str, C]:
-        """Return the clients but for those of nodes of which nobody is heard.
-
-        A sentinel that is silent beside a srd that is heard, being started again say, says nothing of the redis there,
-        which may be the one that has most.
-        """
-        s = self._situation()
-        gone = {node.name for node in s.config.voters if node.name in s.view.silent and not is_heard(s, node)}
-        return {name: client for name, client in clients.items() if name not in gone or name == s.node.name}
-
-    def _stream_of(self, primary: Node) -> str:
-        """Return the replication id of a primary that is gone, as it was last heard; empty if it never was."""
-        s = self._situation()
-        if primary == s.node:
-            return self._own_stream()
-        report = s.view.peers.get(primary.name)
-        return report.replid if report is not None and report.role is Role.PRIMARY else ""
 
     async def _hurry(self, primary: Endpoint, candidate: str, since: float) -> None:
         async def hasten(sentinel: SentinelClient) -> None:
@@ -319,7 +258,7 @@ class Failover:
         if self._chosen.is_set():
             return  # somebody else was quicker
         try:
-            await on_all(self._talking(self._fleet.sentinels), hasten)
+            await on_all(self._preference.sentinels(), hasten)
             async with asyncio.timeout(CHOICE_SECONDS):
                 await self._chosen.wait()
             log.info("the sentinels have chosen", instead_of=str(primary), seconds=round(boottime() - began, 3))
@@ -327,7 +266,7 @@ class Failover:
             log.warning("the sentinels have not chosen", seconds=CHOICE_SECONDS)
         finally:
             await on_all(self._fleet.sentinels, lambda sentinel: sentinel.keep_down_after(configured, STEP_SECONDS))
-            await on_all(self._talking(self._fleet.sentinels), lambda sentinel: sentinel.keep_pace(STEP_SECONDS))
+            await on_all(self._preference.sentinels(), lambda sentinel: sentinel.keep_pace(STEP_SECONDS))
             self._wake()
 
 
@@ -345,27 +284,3 @@ def unfit(config: Config, answers: Mapping[str, SentinelAnswer], primary: Endpoi
 
 def _names(answer: SentinelAnswer, primary: Endpoint) -> bool:
     return answer.primary == primary and not answer.tilt
-
-
-async def _that_know(sentinels: Mapping[str, SentinelClient], preferred: Endpoint) -> list[str]:
-    """Return those that have seen the priority."""
-    shown = await on_all(sentinels, lambda sentinel: sentinel.priorities(STEP_SECONDS))
-    return [name for name, priorities in shown.items() if priorities.get(preferred) == PREFERRED_PRIORITY]
-
-
-def most_advanced(said: Mapping[str, Redis], stream: str = "") -> str | None:
-    """Return the replica that is to be preferred: the one that has most of one history. None if all have the same.
-
-    `stream` is the replication id of the primary that is gone, empty if it is not known. Who has another history has
-    not been in step with that primary, and is not preferred; where nobody is known to have been, the sentinels choose.
-    One that is never to be primary, being drained say, does not become it by having most.
-    """
-    replicas = {name: redis for name, redis in said.items() if redis.role is Role.REPLICA and not redis.loading}
-    replicas = {name: redis for name, redis in replicas.items() if redis.priority != NEVER_PRIORITY}
-    in_stream = {name: redis for name, redis in replicas.items() if redis.replid == stream}
-    compared = in_stream or replicas
-    if len({redis.replid for redis in compared.values()}) != 1:
-        return None
-    if len({redis.offset for redis in compared.values()}) == 1 and len(compared) == len(replicas):
-        return None
-    return max(sorted(compared), key=lambda name: compared[name].offset)

@@ -14,7 +14,7 @@ from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
 from srd.ha.failover import ALIVE_SECONDS, OWN_FENCE_SECONDS, REPLACE_SECONDS
 from srd.ha.redis import FENCED
-from srd.ha.sentinel import SentinelClient
+from srd.ha.sentinel import OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SentinelClient
 from srd.model import RefusedError, Role, Service, SrdError
 from srd.reconcile import boottime
 from srd.state import Child, ChildState
@@ -74,6 +74,34 @@ async def test_a_primary_that_dies_before_its_promotion_is_over_leaves_the_senti
             srds[leading].alive()
             await srds[other].until(lambda view, other=other: view.named == cluster.endpoint(other))
         await settled(cluster, cluster.endpoint("n1"))
+
+
+async def test_a_primary_that_dies_when_its_replicas_have_just_come_in_step_is_replaced_at_once(
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its next INFO no sentinel knows that they may be promoted."""
+
+    async def keep_no_pace(_: SentinelClient, __: float = 0.0) -> None: ...
+
+    async with watched(srds, *NAMES):
+        for name in ("n2", "n3"):
+            srds[name].write_drained(True)
+        monkeypatch.setattr(SentinelClient, "keep_pace", keep_no_pace)
+        for name in NAMES:
+            async with sentinel_client(cluster, name) as asked:
+                await asked.look_every(OFTEN_MILLISECONDS)
+        for name in ("n2", "n3"):
+            await told(cluster, srds[name], NEVER_PRIORITY)
+        for name in NAMES:  # a look that is less than a second old is not taken again when the primary is found down
+            async with sentinel_client(cluster, name) as asked:
+                await asked.look_every(SELDOM_MILLISECONDS)
+        for name in ("n2", "n3"):
+            srds[name].write_drained(False)
+            async with redis_client(cluster, name) as client:
+                await client.keep_priority(DEFAULT_PRIORITY)
+        cluster.kill("redis-n1")
+        srds["n1"].redis_died()
+        await leader(srds, ("n2", "n3"), 4)
 
 
 async def idle(cluster: Cluster) -> None:

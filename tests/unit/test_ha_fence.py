@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from srd.cluster import LEASE_MARGIN_SECONDS, LEASE_SECONDS, NEVER_PRIORITY, Config, Node
 from srd.config import parse_config
 from srd.ha.custody import Custody
-from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, haste, most_advanced, replaceable_at
+from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, haste, replaceable_at
 from srd.ha.fence import FENCE_SECONDS, cut_off, demanded
 from srd.ha.lease import endpoint_of
+from srd.ha.preference import most_advanced
 from srd.ha.redis import FENCED
 from srd.ha.strays import Stray
 from srd.model import Endpoint, Role

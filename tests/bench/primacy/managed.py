@@ -111,6 +111,7 @@ class ManagedOnLoopback(Managed):
 
     def wait_whole(self) -> None:
         wait(self._lacks)
+        wait(lambda: self._refused("--dry-run"))  # until the sentinels are done with the last failover
 
     def primary(self) -> str:
         (node,) = self._leading()
@@ -129,12 +130,11 @@ class ManagedOnLoopback(Managed):
 
     def switch_over(self) -> None:
         """Move the primary; one that is refused, for a failover that has not ended say, is asked for again."""
+        wait(self._refused)
 
-        def refused() -> str:
-            try:
-                self._srd(self._place.nodes[0], "switchover")
-            except subprocess.CalledProcessError as error:
-                return str(error.stderr)
-            return ""
-
-        wait(refused)
+    def _refused(self, *options: str) -> str:
+        try:
+            self._srd(self._place.nodes[0], "switchover", *options)
+        except subprocess.CalledProcessError as error:
+            return str(error.stderr)
+        return ""

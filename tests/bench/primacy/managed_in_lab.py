@@ -25,6 +25,7 @@ class ManagedInLab(Managed):
     def wait_whole(self) -> None:
         self.lab.wait_whole()
         self.lab.wait(self._all_follow, "the others are in step")
+        wait(lambda: self._refused("--dry-run"))  # until the sentinels are done with the last failover
 
     def _all_follow(self) -> bool:
         followers = [node for node in self.lab.nodes if self.lab.get(node, "/replica").status == health.OK]
@@ -41,12 +42,11 @@ class ManagedInLab(Managed):
 
     def switch_over(self) -> None:
         """Move the primary; one that is refused, for sentinels that are slow on the lab's CPU, is asked for again."""
+        wait(self._refused)
 
-        def refused() -> str:
-            done = self.lab.on(self.lab.nodes[0], "srd", "switchover", check=False)
-            return done.stderr if done.returncode else ""
-
-        wait(refused)
+    def _refused(self, *options: str) -> str:
+        done = self.lab.on(self.lab.nodes[0], "srd", "switchover", *options, check=False)
+        return done.stderr if done.returncode else ""
 
     def without_persistence(self) -> None:
         """Have every redis keep nothing on disk from now on: one node after the other is stopped and started."""
