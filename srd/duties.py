@@ -13,7 +13,7 @@ from srd.cluster import NEVER_PRIORITY, Config, Node
 from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
-from srd.ha.primacy import LONGEST_LEAVE_SECONDS, Primacy
+from srd.ha.primacy import LONGEST_FAREWELL_SECONDS, Primacy
 from srd.ha.repair import Doctor
 from srd.ledger import Ledger
 from srd.maintenance import PAUSE_TOPIC, Maintenance
@@ -151,7 +151,7 @@ class Duties:
         `by` says which process of this node has asked.
         """
         name = self._node.name
-        return await self._primacy.switch_over(to, dry_run=dry_run, by=f"{name} ({by})" if by else name)
+        return await self._primacy.moves.switch_over(to, dry_run=dry_run, by=f"{name} ({by})" if by else name)
 
     async def drain(self) -> documents.Document:
         """Take this node out of service, after the primary was moved away from it; what it answers is `moved`.
@@ -162,7 +162,7 @@ class Duties:
         if Service.REDIS not in services_of(self._node):
             reason = "it runs no redis, so nobody is led to it"
             raise RefusedError("drain", self._node.name, reason)
-        moved = await self._primacy.move_away()
+        moved = await self._primacy.moves.move_away()
         await self._maintenance.drain()
         return {"moved": moved, "known": await self._priority_is_told(lambda redis: redis.priority == NEVER_PRIORITY)}
 
@@ -255,7 +255,7 @@ class Duties:
     @property
     def longest_stop(self) -> float:
         """How many seconds `stop` may take, a pass that it has to wait for included."""
-        return LONGEST_LEAVE_SECONDS + PASS_SECONDS + self._services.longest_stop
+        return LONGEST_FAREWELL_SECONDS + PASS_SECONDS + self._services.longest_stop
 
     def release(self) -> None:
         """Let go of the children without ending them."""

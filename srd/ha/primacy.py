@@ -27,13 +27,12 @@ from srd.ha.fleet import Fleet
 from srd.ha.history import History
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
+from srd.ha.moves import LONGEST_LEAVE_SECONDS, SWITCHOVER_TOPIC, Moves
 from srd.ha.observe import Observer
 from srd.ha.progress import Stock
 from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, REIGN_TOPIC, Promotion
-from srd.ha.redis import RedisClient
-from srd.ha.resp import RespError
 from srd.ha.restart import Death
-from srd.ha.switchover import FINISHING_SECONDS, Switched, Switchover
+from srd.ha.switchover import Switchover
 from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, SrdError
 from srd.reconcile import Loop, boottime, contained
 from srd.state import Situation, Store
@@ -48,17 +47,10 @@ FENCE_PASS_SECONDS: Final = 5.0
 COMPARING_SECONDS: Final = 0.5
 # A choice of the sentinels is waited for, and before that for them to see who has most.
 REPLACING_SECONDS: Final = 15.0
-SWITCHOVER_TOPIC: Final = "switchover"
 ENDING_TOPIC: Final = "ending"
 ENDING_SECONDS: Final = 0.5
-# For all of its steps, each of which has a bound.
-SWITCHOVER_SECONDS: Final = 30.0
-# For a node that stops: the manager waits for it, and the others replace a primary that stops as one that has died.
-LEAVING_SECONDS: Final = 10.0
-# With a switchover that hangs just then, what the other nodes are told, and the vote that follows the end of redis.
-LONGEST_LEAVE_SECONDS: Final = LEAVING_SECONDS + FINISHING_SECONDS + ENDING_SECONDS + REPLACING_SECONDS
-# Of what another srd says of who has asked it.
-MOST_TOLD: Final = 100
+# With what the other nodes are told then, and the vote that follows the end of redis.
+LONGEST_FAREWELL_SECONDS: Final = LONGEST_LEAVE_SECONDS + ENDING_SECONDS + REPLACING_SECONDS
 
 
 class Primacy:
@@ -88,9 +80,8 @@ class Primacy:
         self._config, self._node, self._situation = config, node, situation
         self._custody = Custody()
         self._ask_peer = ask_peer
-        self._wanted: asyncio.Queue[tuple[str | None, str, asyncio.Future[Switched]]] = asyncio.Queue(1)
         self._promotion: Promotion | None = None
-        self._switchover: Switchover | None = None
+        switchover: Switchover | None = None
         self._fleet = Fleet(config, secrets)
         self._died = asyncio.Event()  # this node's redis, as a primary
         self._seen_to = asyncio.Event()  # the sentinels have been told of it, or are to find out by themselves
@@ -135,7 +126,7 @@ class Primacy:
             )
             self._promotion = promotion
             hearers.append(promotion.heard)
-            self._switchover = Switchover(
+            switchover = Switchover(
                 self._fleet,
                 node,
                 custody=self._custody,
@@ -153,8 +144,9 @@ class Primacy:
                 promotion.run,
                 promotion.gather,
                 self._have_it_replaced,
-                partial(self._switch_all, self._switchover),
             ]
+        self.moves = Moves(self._fleet, node, switchover=switchover, situation=situation, ask_peer=ask_peer)
+        self.bodies.append(self.moves.run)
         self.observer = Observer(
             config,
             node,
@@ -169,7 +161,7 @@ class Primacy:
         self._bequest = Bequest(custody=self._custody, losses=self._losses, situation=situation, judge=self._judge)
         self._answers: dict[str, Callable[[str, Body], Awaitable[Body]]] = {
             LEASE_TOPIC: self._answer_lease,
-            SWITCHOVER_TOPIC: self._answer_switchover,
+            SWITCHOVER_TOPIC: self.moves.answer,
             ENDING_TOPIC: self._answer_ending,
             HISTORY_TOPIC: self._answer_history,
             STOCK_TOPIC: self._cold.answer_stock,
@@ -270,87 +262,10 @@ class Primacy:
         reigned = role is Role.PRIMARY or (role is Role.UNKNOWN and view.followed is False)
         return reigned and view.named not in (None, endpoint_of(self._config, self._node))
 
-    async def switch_over(self, to: str | None, *, dry_run: bool, by: str | None = None) -> Body:
-        """Move the primary to a node, or to the fittest; by the primary's srd, wherever this is asked, and by whom.
-
-        Return `from`, `to`, and after it was done `gap_seconds`, `seconds` and whether it is `named` by the sentinels.
-        `SrdError` says what speaks against it, or what went wrong.
-        """
-        by = by if by is not None else self._node.name
-        s = self._situation()
-        named = s.view.named
-        primary = s.config.node_at(named.address) if named is not None else None
-        if primary is None:
-            raise RefusedError("switch over", "the primary", "no majority of the sentinels names one")
-        if primary != self._node:
-            body: Body = {"to": to, "dry_run": dry_run, "by": by}
-            return await self._ask_peer(primary.name, SWITCHOVER_TOPIC, body, SWITCHOVER_SECONDS)
-        if self._switchover is None:
-            raise RefusedError("switch over from", self._node.name, "it runs no redis")
-        if dry_run:
-            return {"from": self._node.name, "to": self._switchover.choose(to).name}
-        done: asyncio.Future[Switched] = asyncio.get_running_loop().create_future()
-        try:
-            self._wanted.put_nowait((to, by, done))
-        except asyncio.QueueFull:
-            raise RefusedError("switch over from", self._node.name, "another switchover is under way") from None
-        # Whoever asks may go away, its connection may be replaced by new keys: what has begun goes on to its end.
-        switched = await asyncio.shield(done)
-        return {
-            "from": self._node.name,
-            "to": switched.successor,
-            "gap_seconds": switched.gap_seconds,
-            "seconds": switched.seconds,
-            "named": switched.named,
-        }
-
     async def leave(self) -> None:
-        """Move the primary away, if it is here, because this node is about to stop; where that is refused, say why."""
-        own = self._fleet.redises.get(self._node.name)
-        if self._switchover is None or own is None:
-            return
-        try:
-            async with asyncio.timeout(LEAVING_SECONDS):
-                await self._switchover.settled()
-                if not await _leads(own):
-                    return
-                await self._switchover.run(None, cause="srd was stopped", by=self._node.name)
-                return
-        except TimeoutError:
-            log.warning("stopping as the primary", why=f"a switchover took longer than {LEAVING_SECONDS:g} s")
-        except SrdError as error:
-            log.warning("stopping as the primary", why=str(error))
-        await self.farewell()
-
-    async def move_away(self) -> Body | None:
-        """Move the primary to the fittest other node if it is here; return what `switch_over` does, None if it is not.
-
-        `SrdError` says why it stays.
-        """
-        s = self._situation()
-        own, redis = endpoint_of(s.config, s.node), s.view.redis
-        named = s.view.named
-        if named == own:
-            return await self.switch_over(None, dry_run=False, by=f"{s.node.name} (srd drain)")
-        if redis is not None and redis.role is Role.PRIMARY:
-            reason = f"its redis is primary, and the sentinels name {named or 'no one primary'}"
-            raise RefusedError("move the primary from", s.node.name, reason, "srd status says more")
-        return None
-
-    async def _switch_all(self, switchover: Switchover) -> None:
-        """Do the switchovers that are asked for, one at a time."""
-        while True:
-            to, by, done = await self._wanted.get()
-            defect = await contained("switchover", partial(self._switch, switchover, to, by, done))
-            if defect is not None:
-                done.set_exception(SrdError("switch over from", self._node.name, defect))
-
-    async def _switch(self, switchover: Switchover, to: str | None, by: str, done: asyncio.Future[Switched]) -> None:
-        cause = "srd switchover" if to is None else f"srd switchover --to {to}"
-        try:
-            done.set_result(await switchover.run(to, cause=cause, by=by))
-        except SrdError as error:
-            done.set_exception(error)
+        """Move the primary away, if it is here, because this node is about to stop; tell the others if it stays."""
+        if not await self.moves.leave():
+            await self.farewell()
 
     async def answer(self, peer: str, topic: str, body: Body) -> Body:
         """Answer another node's srd; `RefusedError` says why not. A client's has no say in who is primary."""
@@ -363,14 +278,6 @@ class Primacy:
 
     async def _answer_lease(self, peer: str, _: Body) -> Body:
         return self._bequest.answer(peer)
-
-    async def _answer_switchover(self, peer: str, body: Body) -> Body:
-        to, by = body.get("to"), body.get("by")
-        return await self.switch_over(
-            to if isinstance(to, str) else None,
-            dry_run=body.get("dry_run") is True,
-            by=by[:MOST_TOLD] if isinstance(by, str) else peer,
-        )
 
     async def _answer_ending(self, peer: str, _: Body) -> Body:
         own = endpoint_of(self._config, self._config.node(peer))
@@ -398,11 +305,3 @@ class Primacy:
             await asyncio.sleep(UNFIT_SECONDS)
             if self._situation().view.named == endpoint_of(self._config, self._node):
                 await contained("failover", replace)  # they may not have been of one mind, and it is told again
-
-
-async def _leads(redis: RedisClient) -> bool:
-    """Whether a redis answers that it is primary."""
-    try:
-        return await redis.role() is Role.PRIMARY
-    except RespError:
-        return False

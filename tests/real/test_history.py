@@ -121,7 +121,7 @@ async def test_a_silent_node_is_told_by_those_that_had_it_replaced_and_hears_of_
 async def test_a_switchover_is_told_with_who_asked_and_what_was_measured(srds: dict[str, Srd]) -> None:
     async with watched(srds, *NAMES):
         await srds["n3"].until(lambda view: view.lease is not None and view.lease.primary is not None)
-        done = await srds["n3"].primacy.switch_over("n2", dry_run=False, by="n3 (pid 4, uid 0)")
+        done = await srds["n3"].primacy.moves.switch_over("n2", dry_run=False, by="n3 (pid 4, uid 0)")
         change = await the_same(srds, NAMES, lambda each: each.kind is ChangeKind.SWITCHOVER and told(each))
     assert (change.cause, change.by) == ("srd switchover --to n2", ("n3 (pid 4, uid 0)",))
     assert change.write_gap_seconds == done["gap_seconds"]

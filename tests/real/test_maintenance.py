@@ -19,14 +19,14 @@ async def test_a_drained_primary_moves_away_and_no_failover_chooses_the_node(
 ) -> None:
     async with watched(srds, *NAMES):
         async with writing(cluster, srds) as writers:
-            done = await srds["n1"].primacy.move_away()
+            done = await srds["n1"].primacy.moves.move_away()
             srds["n1"].write_drained(True)
         assert done is not None
         first = str(done["to"])
         assert [await writer.lost(first) for writer in writers] == [set()] * len(writers)
         await settled(cluster, cluster.endpoint(first))
         await told(cluster, srds["n1"], NEVER_PRIORITY)
-        assert await srds["n1"].primacy.move_away() is None, "asked again, there is nothing to be done"
+        assert await srds["n1"].primacy.moves.move_away() is None, "asked again, there is nothing to be done"
 
         cluster.kill(f"redis-{first}")
         srds[first].redis_died()
@@ -50,12 +50,12 @@ async def test_a_drained_node_is_no_target_of_a_switchover_and_a_last_one_cannot
         srds["n2"].write_drained(True)
         await srds["n1"].until(lambda view: drained(1, view))
         with pytest.raises(RefusedError, match="cannot switch over to n2: n2 is drained"):
-            await srds["n3"].primacy.switch_over("n2", dry_run=False)
-        assert await srds["n3"].primacy.switch_over(None, dry_run=True) == {"from": "n1", "to": "n3"}
+            await srds["n3"].primacy.moves.switch_over("n2", dry_run=False)
+        assert await srds["n3"].primacy.moves.switch_over(None, dry_run=True) == {"from": "n1", "to": "n3"}
         srds["n3"].write_drained(True)
         await srds["n1"].until(lambda view: drained(2, view))
         with pytest.raises(RefusedError, match="n2 is drained; n3 is drained"):
-            await srds["n1"].primacy.move_away()
+            await srds["n1"].primacy.moves.move_away()
         assert srds["n1"].leads()
         await writes(cluster, "n1")
 

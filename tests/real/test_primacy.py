@@ -310,7 +310,7 @@ async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(
             async with writing(cluster, srds) as writers:
                 await asyncio.sleep(0.5)
                 # Asked of a node that is not the primary, as people do.
-                done = await srds["n3" if leading != "n3" else "n1"].primacy.switch_over(target, dry_run=False)
+                done = await srds["n3" if leading != "n3" else "n1"].primacy.moves.switch_over(target, dry_run=False)
                 await asyncio.sleep(0.5)
             show(gap=done["gap_seconds"], seen=max(writer.gap for writer in writers), all=done["seconds"])
             assert (done["from"], done["to"], done["named"]) == (leading, target, True)
@@ -337,7 +337,7 @@ async def test_clients_are_cut_off_when_the_successor_leads_and_not_before(
             await really(seconds)
 
         monkeypatch.setattr(old, "end_clients", looked_at)
-        await srds["n1"].primacy.switch_over("n2", dry_run=False)
+        await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
         assert found == [(True, "n2")]
 
 
@@ -357,7 +357,7 @@ async def test_a_switchover_whose_successor_cannot_catch_up_leaves_everything_as
         pause = old.pause_writes
         monkeypatch.setattr(old, "pause_writes", cut)
         with pytest.raises(SrdError, match="cannot switch over to n2: it has not caught up"):
-            await srds["n1"].primacy.switch_over("n2", dry_run=False)
+            await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
         assert srds["n1"].leads()
         await writes(cluster, "n1")
         await successor._do(("CONFIG", "SET", "masterauth", "replication"), seconds=1)
@@ -381,7 +381,7 @@ async def test_a_redis_that_hangs_in_the_middle_of_a_switchover_costs_seconds_an
         monkeypatch.setattr(redis, step, hang)
         began = time.monotonic()
         with pytest.raises(SrdError, match="no answer in time"):
-            await srds["n1"].primacy.switch_over("n2", dry_run=False)
+            await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
         assert await leader(srds, NAMES) is srds["n1"]
         await writes(cluster, "n1")
         show(without=time.monotonic() - began)
@@ -417,7 +417,7 @@ async def test_a_switchover_whose_srd_is_stopped_in_the_middle_is_done_to_its_en
 async def test_a_node_that_stops_during_a_switchover_waits_for_its_end(srds: dict[str, Srd]) -> None:
     async with watched(srds, *NAMES):
         async with asyncio.TaskGroup() as group:
-            switched = group.create_task(srds["n1"].primacy.switch_over("n3", dry_run=False))
+            switched = group.create_task(srds["n1"].primacy.moves.switch_over("n3", dry_run=False))
             await asyncio.sleep(0.05)
             await srds["n1"].primacy.leave()
             assert srds["n3"].leads(), "and moves nothing any more"
@@ -432,8 +432,8 @@ async def test_a_switchover_that_would_do_harm_is_refused(srds: dict[str, Srd], 
     async with watched(srds, "n1", "n2"):
         await srds["n2"].until(lambda view: view.lease is not None and view.lease.primary is not None)
         with pytest.raises(RefusedError, match=reason):
-            await srds["n2"].primacy.switch_over(to, dry_run=False)
-        assert await srds["n2"].primacy.switch_over(None, dry_run=True) == {"from": "n1", "to": "n2"}
+            await srds["n2"].primacy.moves.switch_over(to, dry_run=False)
+        assert await srds["n2"].primacy.moves.switch_over(None, dry_run=True) == {"from": "n1", "to": "n2"}
         assert srds["n1"].leads()
 
 

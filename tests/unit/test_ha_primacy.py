@@ -9,7 +9,8 @@ from support.situations import NOW, at, config
 from srd.changes import RoleChange
 from srd.ha.chronicle import HISTORY_TOPIC
 from srd.ha.history import word_of
-from srd.ha.primacy import ENDING_TOPIC, SWITCHOVER_TOPIC, Primacy
+from srd.ha.moves import SWITCHOVER_TOPIC
+from srd.ha.primacy import ENDING_TOPIC, Primacy
 from srd.ha.progress import Stock
 from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, REIGN_TOPIC
 from srd.model import Body, RefusedError
