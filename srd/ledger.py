@@ -46,7 +46,7 @@ class Ledger:
         self._situation = situation
         self._noted = self._load()
         self._noted_at = float("-inf")
-        self._log_base = 0  # redis', at the last note
+        self._files = (0, False)  # how often redis had written its file anew by the last note, and whether it was at it
         self._has_loaded = False  # redis, since this srd runs
         # Of its own: questions are given up and asked again, and a disk that hangs would keep each one's thread. Two:
         # the search for an end takes seconds on a cold disk, and who asks what is there meanwhile must have an answer.
@@ -68,15 +68,16 @@ class Ledger:
         now = seen(s, known)
         if now is None:
             return
-        base = s.view.redis.log_base if s.view.redis is not None else 0
-        if now.continues(known) and base == self._log_base:
+        redis = s.view.redis
+        files_are = (redis.rewrites, redis.rewriting) if redis is not None else self._files
+        if now.continues(known) and files_are == self._files:
             fresh = s.now - self._noted_at < NOTE_SECONDS
             if fresh or (known is not None and now.offset == known.offset):
                 return
         files = await self._apart(self._look)
         now = replace(now, log=files.log, inode=files.inode, size=files.size)
         await self._apart(lambda: write_private(self._path, msgspec.json.encode(now)))
-        self._noted, self._noted_at, self._log_base = now, s.now, base
+        self._noted, self._noted_at, self._files = now, s.now, files_are
 
     async def holds_data(self) -> bool:
         """Whether redis, which does not run, would load anything from its data directory; blocks.

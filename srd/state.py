@@ -180,7 +180,7 @@ class Redis:
     unsaved: str | None = None  # which of its files it could not write when it last tried
     rewriting: bool = False  # its append-only file is being written anew, or is about to
     rewritten: bool = True  # and the last time that succeeded
-    log_base: int = 0  # bytes of its append-only file when that was last written anew
+    rewrites: int = 0  # how often that was begun since it was started
     promoted_at_offset: int | None = None  # up to where it has followed another primary, before it became one itself
 
     @property
@@ -205,7 +205,8 @@ class SentinelAnswer:
     `took` is for how many seconds it was waited for. `down_after`, `unanswered` and the vote are of the primary that it
     shows, which is the former one while a failover ends; `unanswered` is the latest that it can be, by at most `took`.
     `vote` is the id of the sentinel that it has last voted for as the leader of a failover, in `vote_epoch`, and
-    `vote_seen` is since when that is known. `named_for` is for how many seconds it has named the one that it shows.
+    `vote_seen` is since when that is known. `named_since` is since when it is known to name that primary and no other;
+    `saw_loss`, whether it had found the one lost whom it named before (`lease.has_lost`).
     """
 
     node: str
@@ -226,7 +227,8 @@ class SentinelAnswer:
     vote_epoch: int = 0
     vote_seen: float = 0.0
     took: float = 0.0
-    named_for: float = 0.0
+    named_since: float = 0.0
+    saw_loss: bool = False
     set_back: float = 0.0  # seconds by which its wall clock has gone back since it last heard that primary
 
 

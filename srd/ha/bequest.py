@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from srd.ha.custody import Custody
+from srd.ha.custody import ASSURANCE_SECONDS, Custody
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Losses
 from srd.model import Body, RefusedError, Role, Service
@@ -12,7 +12,7 @@ from srd.state import Situation
 
 
 class Bequest:
-    """Gives the rest of this node's lease away, once; `judge` has it judged again at once."""
+    """Gives the rest of this node's lease to one other node; `judge` has it judged again at once."""
 
     def __init__(
         self, *, custody: Custody, losses: Losses, situation: Callable[[], Situation], judge: Callable[[], None]
@@ -21,6 +21,8 @@ class Bequest:
 
     def answer(self, peer: str) -> Body:
         """Give what is left of the lease to the node whose redis is promoted; return for how many `seconds`.
+
+        `assured` is for how many this node has none itself, unless it is named in a newer epoch.
 
         `RefusedError` says why not: this node's redis may be primary itself, somebody else is named, or there is none.
         """
@@ -39,4 +41,4 @@ class Bequest:
         self._custody.told = True
         self._losses.given()
         self._judge()
-        return {"seconds": seconds}
+        return {"seconds": seconds, "assured": ASSURANCE_SECONDS}

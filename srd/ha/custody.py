@@ -7,14 +7,36 @@ learns of the promotion by an INFO that it sends once a second, sentinel.c senti
 
 Only what is left, and counted on one clock each: the holder says for how many seconds its own lease would have held;
 the successor counts them from the moment when it asked, or answered that it is ready, which the holder takes to be when
-that answer came. A holder gives its lease away when its redis has ended, or in a
-switchover just before it is made a replica; to one node, and has none itself until the given one has ended, whatever
-the sentinels say. Only in a switchover that comes to nothing it takes it back, and only if the heir was never told.
+that answer came. A holder gives its lease away when its redis has ended, or in a switchover just before it is made a
+replica; to one node, and has none itself until the given one has ended, whatever the sentinels say. Only in a
+switchover that comes to nothing it takes it back, and only if the heir was never told.
+
+It also waits for `ASSURANCE_SECONDS` for a newer epoch than the one in which it held its lease: the given one may end
+before a majority names the successor, which then need not wait until a lease of its predecessor must have ended.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+from srd.cluster import Node
+
+# A majority names the successor within 2 s. Should nobody be promoted, it is so long that nobody leads.
+ASSURANCE_SECONDS: Final = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a node's srd gives of its lease, on this node's clock, from the moment `since`: for so many `seconds`.
+
+    For `assured` seconds it has none itself, unless it is named in a newer epoch.
+    """
+
+    source: str
+    since: float
+    seconds: float
+    assured: float
 
 
 @dataclass
@@ -22,20 +44,28 @@ class Custody:
     """What a node has given away, and what it was given; all moments are CLOCK_BOOTTIME seconds."""
 
     known_until: float = 0.0  # what the sentinels have given at most, whatever they think of the primary since
+    known_epoch: int = 0  # and in which epoch
     heir: str | None = None
     told: bool = False  # the heir, that it is one
     given_until: float = 0.0
+    given_epoch: int = 0
+    barred_until: float = 0.0  # from a lease in that epoch or an older one
+    granted_by: str | None = None
     granted_at: float = 0.0
     granted_until: float = 0.0
+    assured_until: float = 0.0
 
     def give(self, heir: str, now: float) -> float:
         """Give what is left of the lease to a node; return for how many seconds, 0 if it is not to be had."""
-        if now < self.given_until:
-            return self.given_until - now if heir == self.heir else 0.0
-        if self.known_until <= now:
+        if now >= self.given_until:
+            if self.known_until <= now:
+                return 0.0
+            self.heir, self.told = heir, False
+            self.given_until, self.given_epoch = self.known_until, self.known_epoch
+        elif heir != self.heir:
             return 0.0
-        self.heir, self.given_until, self.told = heir, self.known_until, False
-        return self.known_until - now
+        self.barred_until = now + ASSURANCE_SECONDS
+        return self.given_until - now
 
     def tell(self, since: float) -> float:
         """Return for how many seconds from that moment the heir has it, which is told so."""
@@ -53,27 +83,32 @@ class Custody:
     def take_back(self) -> None:
         """Have it back, unless the heir was told already that it was given."""
         if not self.told:
-            self.heir, self.given_until = None, 0.0
+            self.heir, self.given_until, self.barred_until = None, 0.0, 0.0
 
-    def take(self, asked: float, seconds: float, *, promoted: float) -> None:
-        """Have been given a lease of so many seconds by an answer to a question that was asked at that moment.
+    def take(self, offer: Offer, *, promoted: float) -> None:
+        """Have been given what is left of a lease; from `promoted` on this node's redis is known to be primary."""
+        self.granted_by, self.granted_at = offer.source, promoted
+        self.granted_until = max(self.granted_until, offer.since + offer.seconds)
+        self.assured_until = max(self.assured_until, offer.since + offer.assured)
 
-        `promoted` is a moment from which on this node's redis is known to be primary.
-        """
-        self.granted_at, self.granted_until = promoted, max(self.granted_until, asked + seconds)
+    def is_assured(self, now: float) -> bool:
+        """Whether the giver has none, and will have none before it is named anew."""
+        return now < max(self.granted_until, self.assured_until)
 
-    def has(self, now: float) -> bool:
-        """Whether what it was given has not ended."""
-        return now < self.granted_until
+    def named(self, node: Node | None, own: Node) -> None:
+        """Take note of whom a majority names; a third one is another successor, of which the giver knows nothing."""
+        if node is not None and node.name not in (own.name, self.granted_by):
+            self.assured_until = 0.0
 
     def lose(self, seen: float) -> None:
         """Have none that was given: this node's redis, asked at that moment, was no primary any more."""
         if seen > self.granted_at:
-            self.granted_until = 0.0
+            self.granted_until = self.assured_until = 0.0
 
-    def held_until(self, expires: float, now: float) -> float:
-        """Return when this node's lease ends, if the sentinels' answers give it one that ends at `expires`."""
-        if now < self.given_until:
+    def held_until(self, expires: float, now: float, epoch: int) -> float:
+        """Return when this node's lease ends, if the sentinels give it one in that epoch which ends at `expires`."""
+        if now < self.given_until or (now < self.barred_until and epoch <= self.given_epoch):
             return 0.0
-        self.known_until = max(self.known_until, expires)
+        if expires > self.known_until:
+            self.known_until, self.known_epoch = expires, epoch
         return max(expires, self.granted_until)

@@ -32,7 +32,7 @@ from typing import Final
 import structlog
 
 from srd.cluster import MIN_REPLICAS_MAX_LAG, Config, Node
-from srd.ha.fleet import Fleet, on_all
+from srd.ha.fleet import Fleet, answering, on_all
 from srd.ha.lease import FAILOVER_FLAG, PROMOTED_FLAG, endpoint_of, fresh
 from srd.ha.preference import STEP_SECONDS, Preference
 from srd.ha.sentinel import NEVER_MILLISECONDS, OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
@@ -56,8 +56,9 @@ CHOICE_SECONDS: Final = 3.0
 SETTLING_SECONDS: Final = 1.2
 # The candidate asks at each of its ticks: one that has not found it down yet would be asked again 0.2 s later.
 ASKING_MILLISECONDS: Final = 10
-# A vote takes 0.35 s from when the first of them finds the primary down: nobody has been chosen in so short a time.
-FRESH_SECONDS: Final = 0.1
+# From an answer without FAILOVER_FLAG to a choice a sentinel needs two of its ticks, 0.05 to 0.1 s each (sentinel.c,
+# sentinelTimer), after a vote or without one.
+FRESH_SECONDS: Final = 0.05
 # Sentinels that were not of one mind may be so soon: one was just starting, or had an older name still.
 UNFIT_SECONDS: Final = 1.0
 
@@ -201,13 +202,15 @@ class Failover:
             async with asyncio.TaskGroup() as group:
                 settling = group.create_task(self._settled(endpoint))
                 looking = group.create_task(self._preference.look(primary, prefer))
-            answers = settling.result()
+            answers, look = settling.result(), looking.result()
             reason = unfit(config, answers, endpoint)
             if reason is not None:
                 self._say_once("leaving it to the sentinels", endpoint, reason)
                 return
             naming = [name for name, answer in answers.items() if _names(answer, endpoint)]
-            knowing = await self._preference.settle(primary, prefer, looking.result())
+            if boottime() - now > SETTLING_SECONDS / 2:  # a promotion had to end: the replicas are others by now
+                look = await self._preference.look(primary, prefer)
+            knowing = await self._preference.settle(primary, prefer, look)
             candidate = next((name for name in knowing if name in naming), None)
             # Hurried after a choice, they would judge the one that they have chosen by that.
             if boottime() - min(answer.asked for answer in answers.values()) > FRESH_SECONDS:
@@ -234,8 +237,11 @@ class Failover:
             self._said = primary, why
             log.warning(event, primary=str(primary), why=why)
 
+    def _sentinels(self) -> dict[str, SentinelClient]:
+        return answering(self._fleet.sentinels, self._situation().view)
+
     async def _ask(self) -> Mapping[str, SentinelAnswer]:
-        return await on_all(self._preference.sentinels(), lambda sentinel: sentinel.ask(STEP_SECONDS))
+        return await on_all(self._sentinels(), lambda sentinel: sentinel.ask(STEP_SECONDS))
 
     async def _settled(self, primary: Endpoint) -> Mapping[str, SentinelAnswer]:
         """Return what the sentinels say once they can be hurried, or after a while: one answer may be late."""
@@ -258,7 +264,7 @@ class Failover:
         if self._chosen.is_set():
             return  # somebody else was quicker
         try:
-            await on_all(self._preference.sentinels(), hasten)
+            await on_all(self._sentinels(), hasten)
             async with asyncio.timeout(CHOICE_SECONDS):
                 await self._chosen.wait()
             log.info("the sentinels have chosen", instead_of=str(primary), seconds=round(boottime() - began, 3))
@@ -266,7 +272,7 @@ class Failover:
             log.warning("the sentinels have not chosen", seconds=CHOICE_SECONDS)
         finally:
             await on_all(self._fleet.sentinels, lambda sentinel: sentinel.keep_down_after(configured, STEP_SECONDS))
-            await on_all(self._preference.sentinels(), lambda sentinel: sentinel.keep_pace(STEP_SECONDS))
+            await on_all(self._sentinels(), lambda sentinel: sentinel.keep_pace(STEP_SECONDS))
             self._wake()
 
 

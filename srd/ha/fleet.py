@@ -17,6 +17,7 @@ from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SentinelClient
 from srd.model import Role, Secrets
+from srd.state import View
 
 T = TypeVar("T")
 C = TypeVar("C", RedisClient, SentinelClient)
@@ -69,6 +70,11 @@ class Fleet:
         for client in (*self._former, *self.redises.values(), *self.sentinels.values()):
             await client.close()
         self._former.clear()
+
+
+def answering(clients: Mapping[str, C], view: View) -> dict[str, C]:
+    """Return the clients but for those of nodes whose sentinel is known to be silent: each would cost a whole step."""
+    return {name: client for name, client in clients.items() if name not in view.silent}
 
 
 async def on_all(clients: Mapping[str, C], action: Callable[[C], Awaitable[T]]) -> dict[str, T]:

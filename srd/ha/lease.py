@@ -29,10 +29,11 @@ A primary whose redis has died is replaced sooner than that. It says no to /prim
 left of its lease to the one that was elected, to nobody else and once (ha/custody.py).
 
 A promotion without a failure, which somebody else asks for (SENTINEL FAILOVER), waits for nothing, so whoever is named
-by it waits (`Lease.settled`): where no majority voted in that epoch, until a majority has named it for as long as a
-lease, unless it was given the former one. A failover that is asked for is not voted: its sentinel votes for itself, the
-others learn of the epoch with the new primary, and their last vote stays one of an earlier epoch (sentinel.c,
-sentinelFailoverWaitStart, sentinelProcessHelloMessage).
+by it waits (`Lease.settled`): until a majority has named it for as long as a lease, unless it was given the former one.
+One after a failure shows by two things: a majority of the sentinels has voted in its epoch, and had found the former
+primary lost when they last named it. Votes alone say little: a sentinel that is asked to fail over asks the others for
+theirs if it sees the primary down itself, and they give them without looking (sentinel.c,
+sentinelAskMasterStateToOtherSentinels, sentinelVoteLeader).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Final
 
-from srd.cluster import LEASE_MARGIN_SECONDS, Config, Node
+from srd.cluster import LEASE_MARGIN_SECONDS, LEASE_SECONDS, Config, Node
 from srd.model import Endpoint
 from srd.state import Lease, SentinelAnswer
 
@@ -53,8 +54,9 @@ PROMOTED_FLAG: Final = "promoted"
 NEVER: Final = 0.0
 # Each step of a failover is given up after failover-timeout: the election, SLAVEOF NO ONE, the promotion (sentinel.c).
 FAILOVER_STEPS: Final = 3
-# Five SENTINEL_ASK_PERIODs of 0.2 s (ha/sentinel.py, PACE), a few ticks of 0.1 s, and a question every 0.5 s.
-PROBATION_SECONDS: Final = 2.0
+# As long as a lease, so that whatever was held before has ended; and longer than a vote takes to show: five
+# SENTINEL_ASK_PERIODs of 0.2 s (ha/sentinel.py, PACE), a few ticks of 0.1 s, and a question every 0.5 s.
+PROBATION_SECONDS: Final = LEASE_SECONDS
 
 
 def endpoint_of(config: Config, node: Node) -> Endpoint:
@@ -94,15 +96,27 @@ def assess(config: Config, node: Node, answers: Mapping[str, SentinelAnswer], no
         primary=named if agree >= config.majority else None,
         epoch=epoch,
         unanimous=len(counted) == len(config.voters) and now < counted[-1] + config.primary_lease,
-        settled=_settled(config, heard.values(), named, epoch),
+        settled=epoch == 0 or _settled(config, heard.values(), named, epoch),
     )
 
 
 def _settled(config: Config, heard: Collection[SentinelAnswer], named: Endpoint | None, epoch: int) -> bool:
-    """Whether a majority has voted in that epoch, so after a failure, or has named that endpoint for a whole lease."""
-    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch)
-    lasting = sum(1 for a in heard if a.primary == named and not a.tilt and a.named_for >= config.primary_lease)
+    """Whether a majority has voted in that epoch after a loss, or has named that endpoint for a whole lease."""
+    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch and _had_lost(config, answer, named))
+    lasting = sum(1 for a in heard if a.primary == named and not a.tilt and a.asked - a.named_since >= LEASE_SECONDS)
     return max(voted, lasting) >= config.majority
+
+
+def _had_lost(config: Config, answer: SentinelAnswer, named: Endpoint | None) -> bool:
+    """Whether a sentinel had found the one lost whom it named before this one, or names still."""
+    about_former = answer.primary != named or PROMOTED_FLAG in answer.flags
+    return answer.saw_loss or (about_former and has_lost(config, answer))
+
+
+def has_lost(config: Config, answer: SentinelAnswer) -> bool:
+    """Whether a sentinel has found the primary lost that it shows: for so long that a lease by its word has ended."""
+    silent = answer.unanswered is not None and answer.asked - answer.unanswered >= LEASE_SECONDS
+    return silent or bool(answer.flags & DOWN_FLAGS) or _is_hurried(config, answer)
 
 
 def _counted(config: Config, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float) -> list[float]:
@@ -130,11 +144,14 @@ def _supports(
     config: Config, answer: SentinelAnswer, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float
 ) -> bool:
     doubted = answer.flags & DOWN_FLAGS or FAILOVER_FLAG in answer.flags
-    # By srd's haste, not by a file of which some have taken another down_after in already.
-    hurried = 0 < answer.down_after < config.primary_lease + LEASE_MARGIN_SECONDS
-    if answer.primary != endpoint or answer.tilt or doubted or hurried:
+    if answer.primary != endpoint or answer.tilt or doubted or _is_hurried(config, answer):
         return False
     return not _elects(config, answer, answers, now)
+
+
+def _is_hurried(config: Config, answer: SentinelAnswer) -> bool:
+    """Whether srd has it replace a primary that is gone; not by a file of which some have taken another time in."""
+    return 0 < answer.down_after < config.primary_lease + LEASE_MARGIN_SECONDS
 
 
 def _elects(config: Config, answer: SentinelAnswer, answers: Mapping[str, SentinelAnswer], now: float) -> bool:
@@ -155,20 +172,23 @@ class Tenure:
     def __init__(self) -> None:
         self._holds: int | None = None  # in which epoch
         self._epoch: int | None = None  # of the last primary that a majority named, whoever it was
+        self._spent = False  # that its predecessor gave its own up: this one has lapsed since
         self._promoted = False  # that one's promotion was seen to happen, and its lease has not lapsed since
         self._content_since: float | None = None
 
     def expires(self, lease: Lease, now: float, *, given: bool = False) -> float:
         """Return when this node's lease ends, 0 while it may not be taken up; to be asked at each judgement.
 
-        `given` says whether it has the rest of its predecessor's (ha/custody.py), so that nobody else has one.
+        `given` says whether its predecessor has given up its own for it (ha/custody.py), so that nobody else has one.
         """
         if lease.primary is not None:
             # A promotion is no return: nobody is replacing one who is named in an epoch that has just begun.
             self._promoted |= self._epoch is not None and lease.epoch > self._epoch
             self._epoch = max(self._epoch or 0, lease.epoch)
+        lapsed = not lease.held and self._holds is not None
+        self._spent = given and (self._spent or lapsed)
         if not lease.held:
-            self._promoted &= self._holds is None
+            self._promoted &= not lapsed
             self._holds = self._content_since = None
             return NEVER
         if self._holds is not None and lease.epoch > self._holds:
@@ -177,6 +197,6 @@ class Tenure:
             self._content_since = now
         served = now - self._content_since >= PROBATION_SECONDS
         at_once = lease.settled and (lease.unanimous or self._promoted)
-        if self._holds is None and (given or at_once or served):
+        if self._holds is None and ((given and not self._spent) or at_once or served):
             self._holds = lease.epoch
         return lease.expires if self._holds is not None else NEVER

@@ -23,7 +23,7 @@ import structlog
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
-from srd.ha.lease import Tenure, assess, endpoint_of, fresh
+from srd.ha.lease import Tenure, assess, endpoint_of, fresh, has_lost
 from srd.ha.redis import RedisClient
 from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
@@ -40,12 +40,13 @@ REDIS_POLL_SECONDS: Final = 0.5
 # A sentinel that answers at once is asked four times in a lease, a slow one twice.
 QUESTIONS_PER_LEASE: Final = 4
 SENTINEL_POLL_SECONDS: Final = 1.0
-# A failover is announced in some thirty events, of which these change whom a sentinel names or whether it is content.
-# At each of them three nodes ask nine times: on the lab's one CPU a kill cost 1.02 s with all of them, 0.90 with these.
+# A failover is announced in some thirty events. These tell that somebody may be named or content again, or that words
+# were missed; that it is doubted (+sdown and what follows) the next question hears, and nothing here waits for it. At
+# each of them three nodes ask nine times: a kill cost 1.02 s on the lab's one CPU with all, 0.90 s with these.
 TELLING: Final = frozenset({
     SUBSCRIBED, SELECTED, "+promoted-slave", "+switch-master", "-sdown", "-odown", "+tilt", "-tilt",
     "+failover-end", "+failover-end-for-timeout", "-failover-abort-not-elected", "-failover-abort-no-good-slave",
-    "-failover-abort-slave-timeout", "-failover-abort-master-is-back",
+    "-failover-abort-slave-timeout",
 })  # fmt: skip
 # What a pass may take beyond its question: nothing in it waits for anyone else.
 _PASS_SLACK_SECONDS: Final = 2.0
@@ -55,7 +56,7 @@ class Observer:
     """Keeps `redis`, `sentinels`, `silent`, `lease` and `sentinel_events` of the view true.
 
     The daemon runs `run`, which is made of `loop` (the local redis), `ask_sentinels` and `events`. `wake` holds what
-    shall be woken at each event besides the observer itself, `heard` what gets each event, `judged` is called when the
+    shall be woken with the observer itself, `heard` what gets each event, `judged` is called when the
     lease was judged. `custody` is what this node has given away of its lease, or was given of another's.
     """
 
@@ -89,7 +90,7 @@ class Observer:
         if node.kind is NodeKind.REDIS:
             self.redis = RedisClient(endpoint_of(config, node), secrets, clock=clock)
         self._answers: dict[str, SentinelAnswer] = {}
-        self._votes: dict[str, SentinelAnswer] = {}  # by node, the answer that first had its present vote
+        self._known: dict[str, SentinelAnswer] = {}  # by node, its last answer, however old
         self._tenure = Tenure()
         self._silent: dict[str, float] = {}
         self._hasty, self._preferred = Stray(DOWN_AFTER_SECONDS), Stray(PRIORITY_SECONDS)
@@ -244,12 +245,20 @@ class Observer:
             await self._keep(client, answer)
 
     def _dated(self, answer: SentinelAnswer) -> SentinelAnswer:
-        """Say since when its vote is known."""
-        before = self._votes.get(answer.node)
-        if before is None or (before.vote, before.vote_epoch) != (answer.vote, answer.vote_epoch):
-            before = dataclasses.replace(answer, vote_seen=self._clock())
-        self._votes[answer.node] = before
-        return dataclasses.replace(answer, vote_seen=before.vote_seen)
+        """Say since when its vote is known, since when it names this primary, and how it had found the one before."""
+        before = self._known.get(answer.node)
+        same_vote = before is not None and (before.vote, before.vote_epoch) == (answer.vote, answer.vote_epoch)
+        seen = before.vote_seen if before is not None and same_vote else self._clock()
+        answer = dataclasses.replace(answer, vote_seen=seen)
+        if before is not None and answer.asked - before.asked < self._config.primary_lease:
+            same = answer.primary == before.primary
+            answer = dataclasses.replace(
+                answer,
+                named_since=before.named_since if same else answer.asked,
+                saw_loss=before.saw_loss if same else has_lost(self._config, before),
+            )
+        self._known[answer.node] = answer
+        return answer
 
     async def _keep(self, client: SentinelClient, answer: SentinelAnswer) -> None:
         """Keep true what this node's own sentinel should have set."""
@@ -277,7 +286,10 @@ class Observer:
         now = self._clock()
         self._answers = dict(fresh(self._config, self._answers, now))
         lease = assess(self._config, self._node, self._answers, now)
-        expires = self._custody.held_until(self._tenure.expires(lease, now, given=self._custody.has(now)), now)
+        named = self._config.node_at(lease.primary.address) if lease.primary is not None else None
+        self._custody.named(named, self._node)
+        own = self._tenure.expires(lease, now, given=self._custody.is_assured(now))
+        expires = self._custody.held_until(own, now, lease.epoch)
         lease = dataclasses.replace(lease, held=now < expires, expires=expires, heir=self._custody.heir_at(now))
         self._write_sentinels(dict(self._answers))
         self._write_lease(lease)

@@ -21,7 +21,7 @@ from typing import Final
 import structlog
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Node
-from srd.ha.fleet import Fleet, on_all
+from srd.ha.fleet import Fleet, answering, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.redis import RedisClient
 from srd.ha.sentinel import OFTEN_MILLISECONDS, SentinelClient
@@ -76,13 +76,13 @@ class Preference:
         endpoint = endpoint_of(self._fleet.config, self._fleet.config.node(best))
         preferred = {best: self._fleet.redises[best]}
         await on_all(preferred, lambda redis: redis.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS))
-        sentinels = self.sentinels()
+        sentinels = self._sentinels()
         knowing = await self._that_know(lambda known: known.get(endpoint) == PREFERRED_PRIORITY, len(sentinels))
         return knowing if knowing or prefer is not None else list(sentinels)
 
     async def _shown(self) -> Mapping[str, Mapping[Endpoint, int]]:
         """Return which priority of each replica each sentinel knows."""
-        return await on_all(self.sentinels(), lambda sentinel: sentinel.priorities(STEP_SECONDS))
+        return await on_all(self._sentinels(), lambda sentinel: sentinel.priorities(STEP_SECONDS))
 
     async def _informed(self, look: Look) -> list[str]:
         """Return the sentinels that know of a replica which may be promoted; of one that has just come in step later.
@@ -100,7 +100,7 @@ class Preference:
     async def _that_know(self, knows: Callable[[Mapping[Endpoint, int]], bool], wanted: int) -> list[str]:
         """Have the sentinels look often until so many know something of the replicas, or for a while; return these."""
         knowing: list[str] = []
-        sentinels = self.sentinels()
+        sentinels = self._sentinels()
         await on_all(sentinels, lambda sentinel: sentinel.look_every(OFTEN_MILLISECONDS, STEP_SECONDS))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(STEERING_SECONDS):
@@ -110,10 +110,8 @@ class Preference:
                         await asyncio.sleep(LOOK_SECONDS)  # sentinels announce no priority
         return knowing
 
-    def sentinels(self) -> dict[str, SentinelClient]:
-        """Return the clients but for those of nodes that are known to be silent: each would cost a whole step."""
-        silent = self._situation().view.silent
-        return {name: client for name, client in self._fleet.sentinels.items() if name not in silent}
+    def _sentinels(self) -> dict[str, SentinelClient]:
+        return answering(self._fleet.sentinels, self._situation().view)
 
     def _reachable(self) -> dict[str, RedisClient]:
         """Return the clients but for those of nodes of which nobody is heard.

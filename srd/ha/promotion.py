@@ -17,13 +17,12 @@ import asyncio
 import contextlib
 import ipaddress
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
 from srd.cluster import Node
-from srd.ha.custody import Custody
+from srd.ha.custody import ASSURANCE_SECONDS, Custody, Offer
 from srd.ha.fleet import Fleet
 from srd.ha.lease import endpoint_of
 from srd.ha.redis import RedisClient
@@ -45,15 +44,6 @@ STEP_SECONDS: Final = 0.5
 CLAIM_SECONDS: Final = 1.0
 # Until what redis says has arrived here, some milliseconds after it was told: the former primary waits for this.
 LEADING_SECONDS: Final = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a node's srd would give of its lease: for so many seconds from when it was asked, on this node's clock."""
-
-    source: str
-    asked: float
-    seconds: float
 
 
 class Promotion:
@@ -114,25 +104,21 @@ class Promotion:
             self._take(await self._ask_for_lease(), promoted)  # once more: that srd takes note of when this one leads
 
     async def expect(self, former: str, _: Body) -> Body:
-        """Get ready for a primary that is about to switch over to this node: what it gives then is counted from now."""
+        """Be ready for a primary that is about to switch over to this node: what it gives then is counted from now."""
         self._expected = former, boottime()
-        await self._fleet.reach_others(self._node, STEP_SECONDS)
         return {}
 
     async def succeed(self, former: str, body: Body) -> Body:
         """Take over from a primary that has switched over to this node; return when this node leads, by its own word.
 
-        Clients of the former primary are cut off then, and it is here that they knock at once. `seconds` in `body` is
-        what is left of its lease, from when it was `expect`ed; where it was not, it is asked.
+        Clients of the former primary are cut off then, and it is here that they knock at once. `body` says what is left
+        of its lease, from when it was `expect`ed; where that is of no use, it is asked.
         """
-        seconds = body.get("seconds")
         promoted, expected, self._expected = boottime(), self._expected, None
         self._look()  # redis is not known to be primary yet
         self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
-        if seconds is not None and expected is not None and expected[0] == former:
-            self._take(self._offer(former, expected[1], seconds), promoted)
-        else:
-            self._take(await self._ask_for_lease(), promoted)
+        offer = self._offer(former, expected[1], body) if expected is not None and expected[0] == former else None
+        self._take(offer if offer is not None else await self._ask_for_lease(), promoted)
         self._followers.set()
         with contextlib.suppress(TimeoutError):
             await self._store.wait_for(_leads, LEADING_SECONDS)
@@ -157,16 +143,21 @@ class Promotion:
         except SrdError as error:
             log.info("no lease from the former primary", peer=former.name, why=str(error))
             return None
-        return self._offer(former.name, asked, answer.get("seconds"))
+        return self._offer(former.name, asked, answer)
 
-    def _offer(self, source: str, asked: float, seconds: object) -> Offer | None:
-        if isinstance(seconds, (int, float)) and 0 < seconds <= self._fleet.config.primary_lease:
-            return Offer(source, asked, seconds)
-        return None
+    def _offer(self, source: str, since: float, body: Body) -> Offer | None:
+        """Return what is given by these words, from a moment on; None if nothing is left, or more than can be."""
+        seconds, assured = body.get("seconds"), body.get("assured", 0.0)
+        if not isinstance(seconds, (int, float)) or not isinstance(assured, (int, float)):
+            return None
+        left = since + seconds - boottime()
+        if not 0 < left <= self._fleet.config.primary_lease:
+            return None
+        return Offer(source, since, seconds, min(assured, ASSURANCE_SECONDS))
 
     def _take(self, offer: Offer | None, promoted: float) -> None:
         if offer is not None:
-            self._custody.take(offer.asked, offer.seconds, promoted=promoted)
+            self._custody.take(offer, promoted=promoted)
             log.info("lease", source=offer.source, seconds=round(offer.seconds, 3))
             self._judge()
 

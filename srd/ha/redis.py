@@ -151,7 +151,7 @@ def _redis(info: Fields, settings: Sequence[Fields], *, asked: float, took: floa
         unsaved=_unsaved(info),
         rewriting=_is(info, "aof_rewrite_in_progress") or _is(info, "aof_rewrite_scheduled"),
         rewritten="aof_last_bgrewrite_status" not in info or info.get("aof_last_bgrewrite_status", str) == "ok",
-        log_base=info.get("aof_base_size", int) if "aof_base_size" in info else 0,
+        rewrites=info.get("aof_rewrites", int) if "aof_rewrites" in info else 0,
         promoted_at_offset=None if replica else _promoted_at(info.get("second_repl_offset", int)),
     )
 

@@ -49,6 +49,8 @@ class Event:
 # pinged everybody by the new time, which takes it 1,000.
 PACE: Final = {"info-period": 1000, "publish-period": 500, "ask-period": 200, "tilt-period": 5000}
 OFTEN_MILLISECONDS: Final = 100
+# What sentinelSelectSlave takes for lately while the primary is down: five ping periods.
+LOOKED_MILLISECONDS: Final = 5000
 SELDOM_MILLISECONDS: Final = 10_000
 # Longer than any sentinel has run: it asks when its last answer is older than that.
 NEVER_MILLISECONDS: Final = 10**12
@@ -110,7 +112,8 @@ class SentinelClient:
         host, port = checked(subject, named, list)
         primary = Fields(subject, {"host": host, "port": port}).endpoint("host", "port")
         flags = master.get("flags", lambda text: frozenset(text.split(",")))
-        # It begins anew with each primary, and with the sentinel (sentinel.c, sentinelResetMaster).
+        # It begins anew with each primary, with the sentinel, and with each change of role that the primary reports
+        # (sentinel.c, sentinelResetMaster, sentinelRefreshInstanceInfo).
         named_for = master.get("role-reported-time", int) / 1000 if self._watched == primary else 0.0
         pending = master.get("last-ping-sent", int)  # milliseconds since the first ping without a reply; 0 if none
         _, leader, epoch = checked(subject, voted, list)
@@ -134,7 +137,7 @@ class SentinelClient:
             vote=None if leader == NOBODY else str(leader),
             vote_epoch=int(epoch),
             took=answered - asked,
-            named_for=named_for,
+            named_since=asked - named_for,
             set_back=_set_back(master),
         )
 
@@ -171,11 +174,16 @@ class SentinelClient:
         await self._set("down-after-milliseconds", round(seconds * 1000), bound)
 
     async def priorities(self, seconds: float = ANSWER_SECONDS) -> dict[Endpoint, int]:
-        """Return the replicas that it knows and the priority of each, as it last saw it (by INFO)."""
+        """Return the replicas that it has looked at lately and the priority of each, as it last saw it (by INFO).
+
+        One that it has not looked at, is none that it would promote (sentinel.c, sentinelSelectSlave): it shows what it
+        supposes of a replica of which it has just heard.
+        """
         (listed,) = await self._wire.ask(("SENTINEL", "REPLICAS", self._master), seconds=seconds)
         subject = self._wire.subject
         replicas = [Fields.of_list(subject, entry) for entry in checked(subject, listed, list)]
-        return {replica.endpoint("ip", "port"): replica.get("slave-priority", int) for replica in replicas}
+        seen = [replica for replica in replicas if replica.get("info-refresh", int) < LOOKED_MILLISECONDS]
+        return {replica.endpoint("ip", "port"): replica.get("slave-priority", int) for replica in seen}
 
     async def fail_over(self, seconds: float = ANSWER_SECONDS) -> None:
         """Have it promote the replica that it prefers, without a vote. Of one sentinel only: two make two primaries.

@@ -146,7 +146,7 @@ class Process:
         """End the child: SIGTERM, after `grace` seconds SIGKILL; `SrdError` when even that does not end it.
 
         SIGTERM again and again: redis refuses one while it writes its first append-only file after a full resync, and
-        forgets it ("Writing initial AOF, can't exit", server.c, prepareForShutdown).
+        forgets it ("Writing initial AOF, can't exit", server.c, finishShutdown).
         """
         if self._launching is not None:
             await asyncio.wait({self._launching}, timeout=self._timing.launch_timeout)

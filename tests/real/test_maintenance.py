@@ -88,5 +88,5 @@ async def test_during_a_pause_a_dead_primary_is_left_to_the_sentinels_who_do_rep
         await settled(cluster, cluster.endpoint(successor.name))
         (other,) = {"n2", "n3"} - {successor.name}
         # Each srd sees for itself that the failover has ended.
-        back = await retrying(RefusedError, seconds=20)(srds["n2"].primacy.switch_over, other, dry_run=False)
+        back = await retrying(RefusedError, seconds=20)(srds["n2"].primacy.moves.switch_over, other, dry_run=False)
         assert (back["to"], back["named"]) == (other, True), "what is asked for by hand is done"

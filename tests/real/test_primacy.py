@@ -405,7 +405,7 @@ async def test_a_switchover_whose_srd_is_stopped_in_the_middle_is_done_to_its_en
             await really(seconds)
 
         monkeypatch.setattr(successor, "lead", stopped)
-        switchover = srds["n1"].primacy._switchover
+        switchover = srds["n1"].primacy.moves._switchover
         assert switchover is not None
         stopping = asyncio.create_task(switchover.run("n2", cause="a test", by="n1"))
         with pytest.raises(asyncio.CancelledError):

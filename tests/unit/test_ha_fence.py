@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from srd.cluster import LEASE_MARGIN_SECONDS, LEASE_SECONDS, NEVER_PRIORITY, Config, Node
 from srd.config import parse_config
-from srd.ha.custody import Custody
+from srd.ha.custody import ASSURANCE_SECONDS, Custody, Offer
 from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, haste, replaceable_at
 from srd.ha.fence import FENCE_SECONDS, cut_off, demanded
 from srd.ha.lease import endpoint_of
@@ -223,7 +223,7 @@ Step = tuple[str, int, float]
 def test_a_lease_that_changes_hands_is_never_in_two(steps: list[Step]) -> None:
     """Node 0 holds what the sentinels give it, and gives it to whoever asks, and takes it later; clocks run alike."""
     holder, heirs = Custody(), {1: Custody(), 2: Custody()}
-    offers: dict[int, tuple[float, float]] = {}
+    offers: dict[int, Offer] = {}
     now, expires = 0.0, LEASE_SECONDS
     for what, who, amount in steps:
         if what == "wait":
@@ -231,18 +231,49 @@ def test_a_lease_that_changes_hands_is_never_in_two(steps: list[Step]) -> None:
         elif what == "extend":
             expires = now + LEASE_SECONDS
         elif what == "ask" and who:
-            offers[who] = now, holder.give(f"n{who}", now)
+            offers[who] = Offer("n0", now, holder.give(f"n{who}", now), ASSURANCE_SECONDS)
         elif what == "take" and who in offers:
-            heirs[who].take(*offers.pop(who), promoted=now)
-        holding = [0] if holder.held_until(expires, now) > now else []
-        holding += [heir for heir, custody in heirs.items() if custody.held_until(0.0, now) > now]
+            heirs[who].take(offers.pop(who), promoted=now)
+        holding = [0] if holder.held_until(expires, now, 1) > now else []
+        holding += [heir for heir, custody in heirs.items() if custody.held_until(0.0, now, 0) > now]
         assert len(holding) <= 1, (holding, now)
 
 
 def test_what_was_given_is_lost_by_a_redis_that_is_no_primary_any_more_and_not_by_one_that_was_none_yet() -> None:
     heir = Custody()
-    heir.take(10.0, 2.0, promoted=10.3)
+    heir.take(Offer("n0", 10.0, 2.0, 4.0), promoted=10.3)
     heir.lose(10.2)  # asked just before it was promoted, and heard just after
-    assert heir.held_until(0.0, 10.4) == 12.0
+    assert heir.held_until(0.0, 10.4, 1) == 12.0
     heir.lose(10.5)
-    assert heir.held_until(0.0, 10.6) == 0.0
+    assert heir.held_until(0.0, 10.6, 1) == 0.0
+    assert not heir.is_assured(10.6)
+
+
+def test_who_has_given_its_lease_has_none_in_that_epoch_for_as_long_as_the_heir_counts_on_it() -> None:
+    holder, heir = Custody(), Custody()
+    assert holder.held_until(12.0, 10.0, 3) == 12.0
+    heir.take(Offer("n0", 10.1, holder.give("n1", 10.2), ASSURANCE_SECONDS), promoted=10.3)
+    for now in (11.0, 12.5, 14.0):
+        assert heir.is_assured(now)
+        assert holder.held_until(now + 2.0, now, 3) == 0.0
+    assert not heir.is_assured(14.15)
+    assert holder.held_until(16.0, 14.15, 3) == 0.0
+    assert holder.held_until(16.3, 14.3, 3) == 16.3
+
+
+def test_who_has_given_its_lease_has_another_one_when_it_is_elected_anew() -> None:
+    holder = Custody()
+    holder.held_until(12.0, 10.0, 3)
+    holder.give("n1", 10.2)
+    assert holder.held_until(13.0, 11.9, 4) == 0.0, "the given one has not ended"
+    assert holder.held_until(14.5, 12.5, 4) == 14.5
+
+
+def test_an_heir_counts_on_its_giver_until_a_third_one_is_named() -> None:
+    heir = Custody()
+    heir.take(Offer("n1", 10.0, 0.5, ASSURANCE_SECONDS), promoted=10.0)
+    for named in (None, N1, N2):
+        heir.named(named, N2)
+        assert heir.is_assured(11.0)
+    heir.named(N3, N2)
+    assert not heir.is_assured(11.0)

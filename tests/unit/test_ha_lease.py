@@ -309,29 +309,67 @@ def test_who_was_given_the_former_lease_has_its_own_after_it() -> None:
     assert tenure.expires(lease(epoch=2, settled=False), 7.5) == 2.0
 
 
+def test_what_was_given_helps_nobody_whose_lease_has_lapsed_since() -> None:
+    tenure = Tenure()
+    assert tenure.expires(lease(epoch=2, settled=False), 6.0, given=True) == 2.0
+    assert tenure.expires(lease(held=False, epoch=2), 7.0, given=True) == 0.0
+    assert tenure.expires(lease(epoch=2, settled=False), 7.5, given=True) == 0.0
+    assert tenure.expires(lease(epoch=2, settled=False), 7.4 + PROBATION_SECONDS, given=True) == 0.0
+    assert tenure.expires(lease(epoch=2, settled=False), 7.5 + PROBATION_SECONDS, given=True) == 2.0
+
+
 @pytest.mark.parametrize(
-    ("votes", "named_for", "settled"),
+    ("votes", "lost", "named_for", "settled"),
     [
-        ((4, 4, 0), (0.1, 0.0, 0.1), True),
-        ((5, 4, 0), (0.1, 0.0, 0.1), True),
-        ((4, 3, 3), (0.1, 1.9, 1.9), False),
-        ((3, 3, 3), (2.0, 1.9, 2.0), True),
-        ((3, 3, 3), (2.0, 1.9, 1.9), False),
+        ((4, 4, 0), (True, True, False), (0.1, 0.0, 0.1), True),
+        ((5, 4, 0), (True, True, False), (0.1, 0.0, 0.1), True),
+        ((4, 4, 4), (True, False, False), (0.1, 0.0, 0.1), False),
+        ((4, 3, 3), (True, True, True), (0.1, 1.9, 1.9), False),
+        ((3, 3, 3), (False, False, False), (2.0, 1.9, 2.0), True),
+        ((3, 3, 3), (False, False, False), (2.0, 1.9, 1.9), False),
     ],
-    ids=["voted", "voted again", "asked for", "long ago", "not long ago"],
+    ids=["voted", "voted again", "voted by who saw no loss", "asked for", "long ago", "not long ago"],
 )
-def test_nobody_else_has_a_lease_after_a_vote_or_a_lease_later(
+def test_nobody_else_has_a_lease_after_a_vote_and_a_loss_or_a_lease_later(
     votes: tuple[int, ...],
+    lost: tuple[bool, ...],
     named_for: tuple[float, ...],
     settled: bool,  # noqa: FBT001 - a table's column
 ) -> None:
     heard = answers(
         *(
-            answer(node.name, N1, 10.0, epoch=4, vote_epoch=vote, named_for=seconds)
-            for node, vote, seconds in zip(CONFIG.nodes, votes, named_for, strict=True)
+            answer(node.name, N1, 10.0, epoch=4, vote_epoch=vote, saw_loss=loss, named_since=10.0 - seconds)
+            for node, vote, loss, seconds in zip(CONFIG.nodes, votes, lost, named_for, strict=True)
         )
     )
     assert assess(CONFIG, NODE1, heard, 10.1).settled == settled
+
+
+@pytest.mark.parametrize(
+    ("last", "lost"),
+    [
+        ({}, False),
+        ({"unanswered": 9.5}, False),
+        ({"unanswered": 8.0}, True),
+        ({"flags": CLEAN | {"s_down"}}, True),
+        ({"down_after": 0.2}, True),
+    ],
+    ids=["well", "a ping under way", "silent", "down", "hurried"],
+)
+def test_a_sentinel_that_still_names_the_former_one_tells_by_itself_whether_that_is_lost(
+    last: dict[str, object],
+    lost: bool,  # noqa: FBT001 - a table's column
+) -> None:
+    new = {"epoch": 4, "vote_epoch": 4}
+    leader = answer("n2", N2, 10.0, saw_loss=True, named_since=10.0, **new)
+    other = answer("n3", N2, 10.0, named_since=10.0, epoch=4)
+    voter = answer("n1", N1, 10.0, vote_epoch=4, **last)
+    assert assess(CONFIG, CONFIG.node("n2"), answers(leader, voter, other), 10.1).settled == lost
+
+
+def test_nobody_had_a_lease_before_the_first_epoch() -> None:
+    heard = answers(answer("n1", N1, 10.0, named_since=10.0), answer("n2", N1, 10.0, named_since=10.0))
+    assert assess(CONFIG, NODE1, heard, 10.1).settled
 
 
 def test_a_greater_down_after_of_a_changed_file_hurries_nobody() -> None:

@@ -112,9 +112,9 @@ def test_what_is_missing_or_wrong_is_named(found: str, instead: str, complaint: 
     assert complaint in str(raised.value)
 
 
-def test_how_large_its_append_only_file_was_when_it_was_written_anew() -> None:
-    assert read(PRIMARY).log_base == 0
-    assert read(PRIMARY + "aof_base_size:88\r\n").log_base == 88
+def test_how_often_its_append_only_file_was_written_anew() -> None:
+    assert read(PRIMARY).rewrites == 0
+    assert read(PRIMARY + "aof_rewrites:3\r\n").rewrites == 3
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,10 @@ class Node:
     def noted(self) -> dict[str, object]:
         return dict(json.loads((self.paths.state_dir / "progress.json").read_text()))
 
-    def see(self, *, offset: int, later: float = 0.0, epoch: int = 3, log_base: int = 0) -> None:
+    def see(self, *, offset: int, later: float = 0.0, epoch: int = 3, rewrites: int = 0) -> None:
         s = self.situation
         assert s.view.redis is not None
-        redis = replace(s.view.redis, offset=offset, log_base=log_base)
+        redis = replace(s.view.redis, offset=offset, rewrites=rewrites)
         view = replace(s.view, redis=redis, lease=replace(LEASE, epoch=epoch))
         self.situation = replace(s, view=view, now=s.now + later)
 
@@ -73,7 +73,7 @@ async def test_an_epoch_is_noted_at_once_and_an_offset_now_and_then(node: Node) 
 async def test_files_that_were_written_anew_are_noted_at_once(node: Node) -> None:
     await node.ledger.note()
     node.log.write_bytes(b"12345678")
-    node.see(offset=OFFSET + 10, later=0.5, log_base=7)
+    node.see(offset=OFFSET + 10, later=0.5, rewrites=1)
     await node.ledger.note()
     assert (node.noted()["offset"], node.noted()["size"]) == (OFFSET + 10, 8)
 
