@@ -66,6 +66,8 @@ RETURN_SECONDS: Final = 10.0
 FINISHING_SECONDS: Final = RETURN_SECONDS + 9 * STEP_SECONDS
 # The sentinel's own steps, 0.3 s, and the second until its INFO.
 NAMING_SECONDS: Final = 8.0
+# Not at once, nor often: just then every client opens a new connection.
+NAMING_LOOK_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,10 +285,10 @@ class Switchover:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(NAMING_SECONDS):
                 while True:
+                    await asyncio.sleep(NAMING_LOOK_SECONDS)
                     seen = await on_all(self._fleet.sentinels, lambda one: one.ask(STEP_SECONDS))
                     if sum(1 for said in seen.values() if said.primary == endpoint) >= self._fleet.config.majority:
                         return True
-                    await asyncio.sleep(LOOK_SECONDS)
         log.error("the sentinels do not name the successor", successor=successor.name, seconds=NAMING_SECONDS)
         return False
 
