@@ -50,8 +50,8 @@ lint: venv  ## ruff, mypy --strict, import-linter
 
 .PHONY: test
 test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab, a short walk of faults
-	@# Three side by side on two CPUs: a lab takes one, those of the primary wait for sentinels most of their time. The
-	@# output of each comes when it is done. The longest one is first.
+	@# Three side by side on two CPUs: a lab takes one, those of the primary wait for sentinels most of their time. No
+	@# three labs at once. The output of each comes when it is done. The longest one is first.
 	$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-lab test-here test-primary test-kernels test-chaos
 
 OF_THE_PRIMARY := $(patsubst %,tests/real/test_%.py,adversity arbiter cold_start history in_memory maintenance primacy)
@@ -73,7 +73,7 @@ test-kernels: venv
 	KERNELS=3 LAB_BARE=1 tests/lab/boot tests/lab/suite
 
 .PHONY: test-chaos
-test-chaos: venv
+test-chaos: venv | $(if $(filter test-kernels,$(MAKECMDGOALS)),test-kernels)
 	@mkdir -p build
 	LAB_BARE=1 LAB_HOST_DIR=build tests/lab/boot tests/chaos/suite
 

@@ -103,12 +103,18 @@ class Lab:
             found += [f"{node}: {condition['code']} {condition['subject']}" for condition in answer.body["conditions"]]
         return found
 
+    def _texts(self) -> str:
+        """Return what the nodes say of each condition."""
+        said = {node: self.get(node, "/srd").body for node in self.nodes}
+        held = {node: body["conditions"] for node, body in said.items() if isinstance(body, dict)}
+        return "\n".join(f"{node}: {each['text']}" for node, conditions in held.items() for each in conditions)
+
     def wait(self, what: Callable[[], bool], why: str, seconds: float = PATIENCE_SECONDS) -> float:
         """Wait for a condition; return how long it took, fail with `why` if it does not come."""
         started = time.monotonic()
         while not what():
             if time.monotonic() - started > seconds:
-                pytest.fail(f"not within {seconds:.0f} s: {why}; {self.conditions()}")
+                pytest.fail(f"not within {seconds:.0f} s: {why}; {self.conditions()}\n{self._texts()}")
             time.sleep(BETWEEN_SECONDS)
         return time.monotonic() - started
 
