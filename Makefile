@@ -50,9 +50,12 @@ lint: venv  ## ruff, mypy --strict, import-linter
 
 .PHONY: test
 test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab, a short walk of faults
-	@# Three side by side on two CPUs: a lab takes one, those of the primary wait for sentinels most of their time. No
-	@# three labs at once. The output of each comes when it is done. The longest one is first.
+	@# Three side by side on two CPUs: a lab takes one, the tests here wait most of their time. Beside the longest lab,
+	@# which is first, the others come one after the other. The output of each comes when it is done.
 	$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-lab test-here test-primary test-kernels test-chaos
+
+# That target first, if it is asked for, too.
+after = $(filter $(1),$(MAKECMDGOALS))
 
 OF_THE_PRIMARY := $(patsubst %,tests/real/test_%.py,adversity arbiter cold_start history in_memory maintenance primacy)
 
@@ -69,11 +72,11 @@ test-lab: venv
 	LAB_BARE=1 tests/lab/boot tests/lab/suite --durations=12
 
 .PHONY: test-kernels
-test-kernels: venv
+test-kernels: venv | $(call after,test-here)
 	KERNELS=3 LAB_BARE=1 tests/lab/boot tests/lab/suite
 
 .PHONY: test-chaos
-test-chaos: venv | $(if $(filter test-kernels,$(MAKECMDGOALS)),test-kernels)
+test-chaos: venv | $(call after,test-kernels)
 	@mkdir -p build
 	LAB_BARE=1 LAB_HOST_DIR=build tests/lab/boot tests/chaos/suite
 
