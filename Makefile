@@ -51,7 +51,7 @@ lint: venv  ## ruff, mypy --strict, import-linter
 .PHONY: test
 test: lint  ## everything: lint, unit tests, real programs on loopback, the real kernel in the lab, a short walk of faults
 	@# Three side by side on two CPUs: a lab takes one, the tests here wait most of their time. Beside the longest lab,
-	@# which is first, the others come one after the other. The output of each comes when it is done.
+	@# which is first, the other labs come one after the other. The output of each comes when it is done.
 	$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-lab test-here test-primary test-kernels test-chaos
 
 # That target first, if it is asked for, too.

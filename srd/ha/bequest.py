@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from srd.ha.custody import ASSURANCE_SECONDS, Custody
+from srd.ha.custody import Custody
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Losses
 from srd.model import Body, RefusedError, Role, Service
@@ -19,11 +19,10 @@ class Bequest:
     ) -> None:
         self._custody, self._losses, self._situation, self._judge = custody, losses, situation, judge
 
-    def answer(self, peer: str) -> Body:
+    async def answer(self, peer: str, _: Body) -> Body:
         """Give what is left of the lease to the node whose redis is promoted; return for how many `seconds`.
 
         `assured` is for how many this node has none itself, unless it is named in a newer epoch.
-
         `RefusedError` says why not: this node's redis may be primary itself, somebody else is named, or there is none.
         """
         s = self._situation()
@@ -35,10 +34,8 @@ class Bequest:
             named = s.view.named
             if named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, s.config.node(peer))):
                 raise RefusedError("give", "the lease", f"the sentinels name {named}")
-        seconds = self._custody.give(peer, s.now)
-        if seconds <= 0:
+        if self._custody.give(peer, s.now) <= 0:
             raise RefusedError("give", "the lease", f"{s.node.name} has none")
-        self._custody.told = True
         self._losses.given()
         self._judge()
-        return {"seconds": seconds, "assured": ASSURANCE_SECONDS}
+        return self._custody.tell(s.now)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from srd.cluster import Node
+from srd.model import Body
 
 # A majority names the successor within 2 s. Should nobody be promoted, it is so long that nobody leads.
 ASSURANCE_SECONDS: Final = 4.0
@@ -67,10 +68,10 @@ class Custody:
         self.barred_until = now + ASSURANCE_SECONDS
         return self.given_until - now
 
-    def tell(self, since: float) -> float:
-        """Return for how many seconds from that moment the heir has it, which is told so."""
+    def tell(self, since: float) -> Body:
+        """Return the words in which the heir is told what it has, counted from that moment; they make an `Offer`."""
         self.told = True
-        return self.given_until - since
+        return {"seconds": self.given_until - since, "assured": ASSURANCE_SECONDS}
 
     def is_heir(self, node: str, now: float) -> bool:
         """Whether a node was given the lease, and it has not ended."""

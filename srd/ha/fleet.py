@@ -51,8 +51,7 @@ class Fleet:
 
     async def reach_others(self, node: Node, seconds: float) -> None:
         """Be in touch with every other node's redis, so that what it is told next costs one round trip."""
-        others = {name: client for name, client in self.redises.items() if name != node.name}
-        await on_all(others, lambda redis: redis.role(seconds))
+        await on_all(self._others(node), lambda redis: redis.role(seconds))
 
     async def have_follow(self, node: Node, seconds: float) -> list[str]:
         """Have the redis of every other node that is a replica follow this node's; return which ones do now."""
@@ -62,8 +61,10 @@ class Fleet:
             if await redis.role(seconds) is Role.REPLICA:
                 await redis.follow(primary, seconds)
 
-        others = {name: client for name, client in self.redises.items() if name != node.name}
-        return sorted(await on_all(others, follow))
+        return sorted(await on_all(self._others(node), follow))
+
+    def _others(self, node: Node) -> dict[str, RedisClient]:
+        return {name: client for name, client in self.redises.items() if name != node.name}
 
     async def close(self) -> None:
         """Close every connection; each is opened again when it is needed."""

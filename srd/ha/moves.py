@@ -49,7 +49,7 @@ class Moves:
     ) -> None:
         self._fleet, self._node, self._switchover = fleet, node, switchover
         self._situation, self._ask_peer = situation, ask_peer
-        self._wanted: asyncio.Queue[tuple[str | None, str, asyncio.Future[Switched]]] = asyncio.Queue(1)
+        self._wanted: asyncio.Queue[tuple[Switchover, str | None, str, asyncio.Future[Switched]]] = asyncio.Queue(1)
 
     async def switch_over(self, to: str | None, *, dry_run: bool, by: str | None = None) -> Body:
         """Move the primary to a node, or to the fittest; by the primary's srd, wherever this is asked, and by whom.
@@ -72,7 +72,7 @@ class Moves:
             return {"from": self._node.name, "to": self._switchover.choose(to).name}
         done: asyncio.Future[Switched] = asyncio.get_running_loop().create_future()
         try:
-            self._wanted.put_nowait((to, by, done))
+            self._wanted.put_nowait((self._switchover, to, by, done))
         except asyncio.QueueFull:
             raise RefusedError("switch over from", self._node.name, "another switchover is under way") from None
         # Whoever asks may go away, its connection may be replaced by new keys: what has begun goes on to its end.
@@ -133,19 +133,18 @@ class Moves:
     async def run(self) -> None:
         """Do the switchovers that are asked for, one at a time; until cancelled."""
         while True:
-            to, by, done = await self._wanted.get()
-            defect = await contained("switchover", partial(self._switch, to, by, done))
+            switchover, to, by, done = await self._wanted.get()
+            defect = await contained("switchover", partial(_switch, switchover, to, by, done))
             if defect is not None:
                 done.set_exception(SrdError("switch over from", self._node.name, defect))
 
-    async def _switch(self, to: str | None, by: str, done: asyncio.Future[Switched]) -> None:
-        cause = "srd switchover" if to is None else f"srd switchover --to {to}"
-        if self._switchover is None:
-            raise RefusedError("switch over from", self._node.name, "it runs no redis")
-        try:
-            done.set_result(await self._switchover.run(to, cause=cause, by=by))
-        except SrdError as error:
-            done.set_exception(error)
+
+async def _switch(switchover: Switchover, to: str | None, by: str, done: asyncio.Future[Switched]) -> None:
+    cause = "srd switchover" if to is None else f"srd switchover --to {to}"
+    try:
+        done.set_result(await switchover.run(to, cause=cause, by=by))
+    except SrdError as error:
+        done.set_exception(error)
 
 
 async def _leads(redis: RedisClient) -> bool:

@@ -80,7 +80,6 @@ class Primacy:
         self._config, self._node, self._situation = config, node, situation
         self._custody = Custody()
         self._ask_peer = ask_peer
-        self._promotion: Promotion | None = None
         switchover: Switchover | None = None
         self._fleet = Fleet(config, secrets)
         self._died = asyncio.Event()  # this node's redis, as a primary
@@ -111,6 +110,14 @@ class Primacy:
             died=lambda: self._death,
             wake=wake,
         )
+        bequest = Bequest(custody=self._custody, losses=self._losses, situation=situation, judge=self._judge)
+        self._answers: dict[str, Callable[[str, Body], Awaitable[Body]]] = {
+            LEASE_TOPIC: bequest.answer,
+            ENDING_TOPIC: self._answer_ending,
+            HISTORY_TOPIC: self._answer_history,
+            STOCK_TOPIC: self._cold.answer_stock,
+            AFTER_TOPIC: self._cold.answer_after,
+        }
         own = self._fleet.redises.get(node.name)
         if own is not None:
             comparing = Loop("cold start", self._cold.reconcile, resync=COMPARING_SECONDS, timeout=REPLACING_SECONDS)
@@ -124,7 +131,7 @@ class Primacy:
                 look=self._look_at_redis,
                 judge=self._judge,
             )
-            self._promotion = promotion
+            self._answers |= {HEIR_TOPIC: promotion.expect, REIGN_TOPIC: promotion.succeed}
             hearers.append(promotion.heard)
             switchover = Switchover(
                 self._fleet,
@@ -146,6 +153,7 @@ class Primacy:
                 self._have_it_replaced,
             ]
         self.moves = Moves(self._fleet, node, switchover=switchover, situation=situation, ask_peer=ask_peer)
+        self._answers[SWITCHOVER_TOPIC] = self.moves.answer
         self.bodies.append(self.moves.run)
         self.observer = Observer(
             config,
@@ -158,17 +166,6 @@ class Primacy:
             custody=self._custody,
         )
         self.bodies.append(self.observer.run)
-        self._bequest = Bequest(custody=self._custody, losses=self._losses, situation=situation, judge=self._judge)
-        self._answers: dict[str, Callable[[str, Body], Awaitable[Body]]] = {
-            LEASE_TOPIC: self._answer_lease,
-            SWITCHOVER_TOPIC: self.moves.answer,
-            ENDING_TOPIC: self._answer_ending,
-            HISTORY_TOPIC: self._answer_history,
-            STOCK_TOPIC: self._cold.answer_stock,
-            AFTER_TOPIC: self._cold.answer_after,
-        }
-        if self._promotion is not None:
-            self._answers |= {HEIR_TOPIC: self._promotion.expect, REIGN_TOPIC: self._promotion.succeed}
         self._store = store
         self._primary: Endpoint | None = None  # as the watches have last looked at it
         store.on_change(self._stir)
@@ -275,9 +272,6 @@ class Primacy:
         if answer is None:
             raise RefusedError("answer", topic, "this srd knows no such question")
         return await answer(peer, body)
-
-    async def _answer_lease(self, peer: str, _: Body) -> Body:
-        return self._bequest.answer(peer)
 
     async def _answer_ending(self, peer: str, _: Body) -> Body:
         own = endpoint_of(self._config, self._config.node(peer))

@@ -37,7 +37,7 @@ import structlog
 
 from srd.changes import ChangeKind
 from srd.cluster import PREFERRED_PRIORITY, Node
-from srd.ha.custody import ASSURANCE_SECONDS, Custody
+from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
@@ -241,9 +241,7 @@ class Switchover:
 
     async def _have_it_reign(self, successor: Node, expected: float | None) -> None:
         """Have the successor's srd take the rest of the lease, say yes to /primary, and have the replicas follow."""
-        body: Body = {}
-        if expected is not None:
-            body = {"seconds": self._custody.tell(expected), "assured": ASSURANCE_SECONDS}
+        body: Body = self._custody.tell(expected) if expected is not None else {}
         try:
             await self._ask_peer(successor.name, REIGN_TOPIC, body, STEP_SECONDS)
         except SrdError as error:

@@ -107,6 +107,12 @@ class Observed:
         assert child.pid is not None
         return child.pid
 
+    async def start_deaf(self) -> None:
+        """Start it, and wait until it has set its traps."""
+        await self.start()
+        self.health.complaint = "not deaf yet"
+        await wait_for_log(self.world, "deaf")
+
 
 @contextlib.asynccontextmanager
 async def observed(world: World, timing: Timing = FAST, service: Service = Service.REDIS) -> AsyncIterator[Observed]:
@@ -242,9 +248,7 @@ async def test_a_child_that_cannot_start_is_no_exception_but_a_pause(world: Worl
 async def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(world: World) -> None:
     world.script = DEAF
     async with observed(world) as it:
-        await it.start()
-        it.health.complaint = "not deaf yet"
-        await wait_for_log(world, "deaf")
+        await it.start_deaf()
         begun = boottime()
         await it.process.stop(0.3)
         assert 0.3 <= boottime() - begun < 2
@@ -255,9 +259,7 @@ async def test_a_child_that_refuses_to_end_just_now_is_asked_again(world: World)
     """As redis does between a full resync and its first append-only file."""
     world.script = RELUCTANT
     async with observed(world) as it:
-        await it.start()
-        it.health.complaint = "not deaf yet"
-        await wait_for_log(world, "deaf")
+        await it.start_deaf()
         begun = boottime()
         await it.process.stop(PATIENCE)
         assert boottime() - begun < PATIENCE / 2
