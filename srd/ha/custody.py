@@ -47,7 +47,7 @@ class Custody:
     known_until: float = 0.0  # what the sentinels have given at most, whatever they think of the primary since
     known_epoch: int = 0  # and in which epoch
     heir: str | None = None
-    told: bool = False  # the heir, that it is one
+    told: bool = False  # the heir, and it has not declined
     given_until: float = 0.0
     given_epoch: int = 0
     barred_until: float = 0.0  # from a lease in that epoch or an older one
@@ -80,6 +80,10 @@ class Custody:
     def heir_at(self, now: float) -> str | None:
         """Return to whom the lease was given, if it has not ended."""
         return self.heir if now < self.given_until else None
+
+    def declined(self) -> None:
+        """Take note that the heir has not taken it, and will not: it is as if it had not been told."""
+        self.told = False
 
     def take_back(self) -> None:
         """Have it back, unless the heir was told already that it was given."""

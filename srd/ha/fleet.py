@@ -49,9 +49,9 @@ class Fleet:
             for client in retired:
                 await client.close()
 
-    async def reach_others(self, node: Node, seconds: float) -> None:
-        """Be in touch with every other node's redis, so that what it is told next costs one round trip."""
-        await on_all(self._others(node), lambda redis: redis.role(seconds))
+    async def reach(self, seconds: float) -> None:
+        """Be in touch with every redis, so that what it is told next costs one round trip."""
+        await on_all(self.redises, lambda redis: redis.role(seconds))
 
     async def have_follow(self, node: Node, seconds: float) -> list[str]:
         """Have the redis of every other node that is a replica follow this node's; return which ones do now."""

@@ -184,18 +184,27 @@ class Observer:
     async def reconcile(self) -> None:
         """Ask the local redis, if this node has one, and judge everything again by the present time."""
         seen = await self._observe_redis(self.redis) if self.redis is not None else None
-        if seen is not None:
-            self._last_role, self.last_replid = seen.role, seen.replid
-            if seen.role is Role.REPLICA:
-                self._custody.lose(seen.answered)
-        self._write_redis(seen)
-        self.judge()
-        if seen is not None and self.redis is not None:
+        if seen is None:
+            self._write_redis(None)
+            self.judge()
+        elif self.take_in(seen) and self.redis is not None:
             if self._torn.is_due(seen, self._clock()):
                 await self.redis.rewrite_log()
                 self._torn.told(self._clock())
                 log.info("redis writes its append-only file anew", why="it could not write to it for a time")
             await self._keep_priority(self.redis, seen)
+
+    def take_in(self, seen: Redis) -> bool:
+        """Write down what the local redis has said, whoever has asked it; return False where later words are known."""
+        known = self._store.view().redis
+        if known is not None and seen.answered < known.answered:
+            return False
+        self._last_role, self.last_replid = seen.role, seen.replid
+        if seen.role is Role.REPLICA:
+            self._custody.lose(seen.answered)
+        self._write_redis(seen)
+        self.judge()
+        return True
 
     async def _keep_priority(self, client: RedisClient, seen: Redis) -> None:
         """Keep true what redis says of itself to the sentinels: whether it may be promoted, and how soon."""

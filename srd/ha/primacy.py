@@ -30,12 +30,12 @@ from srd.ha.losses import Loss, Losses
 from srd.ha.moves import LONGEST_LEAVE_SECONDS, SWITCHOVER_TOPIC, Moves
 from srd.ha.observe import Observer
 from srd.ha.progress import Stock
-from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, REIGN_TOPIC, Promotion
+from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, SUCCEED_TOPIC, Promotion
 from srd.ha.restart import Death
 from srd.ha.switchover import Switchover
 from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, SrdError
 from srd.reconcile import Loop, boottime, contained
-from srd.state import Situation, Store
+from srd.state import Redis, Situation, Store
 
 log = structlog.get_logger(__name__)
 
@@ -129,9 +129,10 @@ class Primacy:
                 custody=self._custody,
                 ask_peer=ask_peer,
                 look=self._look_at_redis,
+                observed=self._take_in,
                 judge=self._judge,
             )
-            self._answers |= {HEIR_TOPIC: promotion.expect, REIGN_TOPIC: promotion.succeed}
+            self._answers |= {HEIR_TOPIC: promotion.expect, SUCCEED_TOPIC: promotion.succeed}
             hearers.append(promotion.heard)
             switchover = Switchover(
                 self._fleet,
@@ -283,6 +284,9 @@ class Primacy:
 
     def _look_at_redis(self) -> None:
         self.observer.loop.wake()
+
+    def _take_in(self, seen: Redis) -> None:
+        self.observer.take_in(seen)
 
     def _judge(self) -> None:
         self.observer.judge()

@@ -30,26 +30,27 @@ from srd.ha.resp import RespError
 from srd.ha.sentinel import SELECTED, Event
 from srd.model import AskPeer, Body, Endpoint, Role, SrdError
 from srd.reconcile import boottime, contained
-from srd.state import Store, View
+from srd.state import Redis, Store, View
 
 log = structlog.get_logger(__name__)
 
 LEASE_TOPIC: Final = "lease"
 HEIR_TOPIC: Final = "heir"
-REIGN_TOPIC: Final = "reign"
+SUCCEED_TOPIC: Final = "succeed"
 # The leader sends SLAVEOF NO ONE at its next tick, 0.05 to 0.1 s after its choice; it gives up after failover-timeout.
 PROMOTION_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.01
 STEP_SECONDS: Final = 0.5
 CLAIM_SECONDS: Final = 1.0
-# Until what redis says has arrived here, some milliseconds after it was told: the former primary waits for this.
-LEADING_SECONDS: Final = 0.3
+# Until the answer of a successor: its redis is told, and asked once more if that was not heard.
+SUCCEED_SECONDS: Final = 2 * STEP_SECONDS + 0.5
 
 
 class Promotion:
     """Follows a promotion of this node's redis through. `run` and `gather` are two of the daemon's bodies.
 
-    `look` has this node's redis asked again soon, `judge` has the lease judged at once.
+    `look` has this node's redis asked again soon, `observed` takes in what it has said, `judge` has the lease judged at
+    once.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Promotion:
         custody: Custody,
         ask_peer: AskPeer,
         look: Callable[[], None],
+        observed: Callable[[Redis], object],
         judge: Callable[[], None],
     ) -> None:
         self._store = store
@@ -69,6 +71,7 @@ class Promotion:
         self._custody = custody
         self._ask_peer = ask_peer
         self._look = look
+        self._observed = observed
         self._judge = judge
         self._selected = asyncio.Event()
         self._followers = asyncio.Event()
@@ -94,35 +97,42 @@ class Promotion:
             return  # it was switched over to, and the sentinels come to know
         async with asyncio.TaskGroup() as group:
             offer = group.create_task(self._ask_for_lease())
-            group.create_task(self._fleet.reach_others(self._node, STEP_SECONDS))
+            group.create_task(self._fleet.reach(STEP_SECONDS))
             promoted = await _promoted(self._fleet.redises[self._node.name])
             if promoted is None:
                 return
             self._look()
             group.create_task(self._gather())
             self._take(await offer, promoted)
+            self._judge()
             self._take(await self._ask_for_lease(), promoted)  # once more: that srd takes note of when this one leads
+            self._judge()
 
     async def expect(self, former: str, _: Body) -> Body:
         """Be ready for a primary that is about to switch over to this node: what it gives then is counted from now."""
+        await self._fleet.reach(STEP_SECONDS)
         self._expected = former, boottime()
         return {}
 
     async def succeed(self, former: str, body: Body) -> Body:
-        """Take over from a primary that has switched over to this node; return when this node leads, by its own word.
+        """Make this node's redis the primary in place of one that is a replica by now; return whether this node `led`.
 
-        Clients of the former primary are cut off then, and it is here that they knock at once. `body` says what is left
-        of its lease, from when it was `expect`ed; where that is of no use, it is asked.
+        `body` says what is left of that one's lease, from when it was `expect`ed. Clients are cut off there by this
+        answer, and it is here that they knock at once. A no, and `why`, is for good: the lease was not taken.
         """
-        promoted, expected, self._expected = boottime(), self._expected, None
-        self._look()  # redis is not known to be primary yet
-        self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
+        expected, self._expected = self._expected, None
         offer = self._offer(former, expected[1], body) if expected is not None and expected[0] == former else None
-        self._take(offer if offer is not None else await self._ask_for_lease(), promoted)
+        if offer is None:
+            return {"led": False, "why": "its srd does not expect that, or it comes too late"}
+        own = self._fleet.redises[self._node.name]
+        try:
+            seen = await _made_primary(own)
+        except RespError as error:
+            return {"led": False, "why": str(error)}
+        self._take(offer, boottime())
+        self._observed(seen)
         self._followers.set()
-        with contextlib.suppress(TimeoutError):
-            await self._store.wait_for(_leads, LEADING_SECONDS)
-        return {}
+        return {"led": True}
 
     async def gather(self) -> None:
         """Have the replicas follow whenever this node has succeeded; until cancelled."""
@@ -159,10 +169,20 @@ class Promotion:
         if offer is not None:
             self._custody.take(offer, promoted=promoted)
             log.info("lease", source=offer.source, seconds=round(offer.seconds, 3))
-            self._judge()
 
     async def _gather(self) -> None:
         log.info("promoted", replicas=await self._fleet.have_follow(self._node, STEP_SECONDS))
+
+
+async def _made_primary(own: RedisClient) -> Redis:
+    """Make it one; return what it says of itself then. `RespError` where that is not known: it may be one later."""
+    try:
+        return await own.lead(STEP_SECONDS)
+    except RespError:
+        seen = await own.observe(STEP_SECONDS)  # the answer may be lost where the order was not
+        if seen.role is not Role.PRIMARY:
+            raise
+        return seen
 
 
 async def _promoted(own: RedisClient) -> float | None:

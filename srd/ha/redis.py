@@ -11,6 +11,7 @@ from srd.reconcile import boottime
 from srd.state import Redis, ReplicaOf
 
 REDIS_USER: Final = "srd"
+APPLICATION_USER: Final = "default"
 
 # More replicas than any cluster has, so that redis refuses every write (-NOREPLICAS) from the next command on, 0.08 ms
 # measured, and goes on refusing when srd dies: it fails closed. CLIENT PAUSE would fail open: it ends by itself, and
@@ -18,9 +19,12 @@ REDIS_USER: Final = "srd"
 FENCED: Final = 100
 # What redis keeps as append-only directory, as `unsaved` names it.
 LOG_FILE: Final = "append-only file"
+_ROLE: Final = ("ROLE",)
+_RESUME: Final = ("CLIENT", "UNPAUSE")
 _SHUT: Final = ("CONFIG", "SET", "min-replicas-to-write", str(FENCED))
-# Those of clients and of sentinels, which come again; a replica's link is of another type. SKIPME: not our own.
-_KILL_CLIENTS: Final = ("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+# Those of applications, which are all of this user (supervise/render.py), subscribers too. Sentinels and srds stay:
+# they would all connect anew just when every client does.
+_KILL_CLIENTS: Final = ("CLIENT", "KILL", "USER", APPLICATION_USER)
 
 
 class RedisClient:
@@ -42,10 +46,15 @@ class RedisClient:
 
     async def observe(self, seconds: float = ANSWER_SECONDS) -> Redis:
         """Return what it says of itself, also while it loads. `ping_seconds` is the time until the whole answer."""
+        return await self._observe_after((), seconds)
+
+    async def _observe_after(self, commands: Sequence[tuple[str, ...]], seconds: float) -> Redis:
         asked = self._clock()
-        replies = await self._wire.ask(*self._QUESTIONS, seconds=seconds)
+        replies = await self._wire.ask(*commands, *self._QUESTIONS, seconds=seconds)
         took = self._clock() - asked
         subject = self._wire.subject
+        for _ in commands:
+            checked(subject, replies.pop(0), object)
         info = Fields.of_info(subject, replies[:4])
         settings = [Fields.of_list(subject, reply) for reply in replies[4:]]
         return _redis(info, settings, asked=asked, took=took)
@@ -62,24 +71,28 @@ class RedisClient:
         """Make it a replica of another."""
         await self._do(_follow(primary), seconds=seconds)
 
-    async def lead(self, seconds: float = ANSWER_SECONDS) -> None:
-        """Make it a primary."""
-        await self._do(("REPLICAOF", "NO", "ONE"), seconds=seconds)
+    async def lead(self, seconds: float = ANSWER_SECONDS) -> Redis:
+        """Make it a primary; return what it says of itself then."""
+        return await self._observe_after([("REPLICAOF", "NO", "ONE")], seconds)
 
-    async def pause_writes(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
-        """Have whoever writes wait, for so long at most; what waits is done when that ends, unless it is ended first.
+    async def pause_writes(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> tuple[Role, int]:
+        """Have whoever writes wait, for so long at most; return its `position` from then on.
 
-        Redis stops its own expiry meanwhile, so that replicas can catch up (CLIENT PAUSE, mode WRITE, redis 6.2).
+        What waits is done when that ends, unless it is ended first. Redis stops its own expiry meanwhile, so that
+        replicas can catch up (CLIENT PAUSE, mode WRITE, redis 6.2).
         """
-        await self._do(("CLIENT", "PAUSE", str(milliseconds), "WRITE"), seconds=seconds)
+        pause = ("CLIENT", "PAUSE", str(milliseconds), "WRITE")
+        paused, role = await self._wire.ask(pause, _ROLE, seconds=seconds)
+        checked(self._wire.subject, paused, object)
+        return self._position(role)
 
     async def resume(self, seconds: float = ANSWER_SECONDS) -> None:
         """End a pause."""
-        await self._do(("CLIENT", "UNPAUSE"), seconds=seconds)
+        await self._do(_RESUME, seconds=seconds)
 
     async def end_clients(self, seconds: float = ANSWER_SECONDS) -> None:
-        """End its clients' connections, and with them what they wait for."""
-        await self._do(_KILL_CLIENTS, seconds=seconds)
+        """End its clients' connections, with them what they wait for, and then the pause in which they do."""
+        await self._do(_KILL_CLIENTS, _RESUME, seconds=seconds)
 
     async def give_way(self, primary: Endpoint, seconds: float = ANSWER_SECONDS) -> None:
         """Make a primary that was replaced a replica of its successor; what its clients write is refused first."""
@@ -99,7 +112,10 @@ class RedisClient:
 
     async def position(self, seconds: float = ANSWER_SECONDS) -> tuple[Role, int]:
         """Return what it is at this moment, and how many bytes of the stream it has written or read."""
-        (reply,) = await self._wire.ask(("ROLE",), seconds=seconds)
+        (reply,) = await self._wire.ask(_ROLE, seconds=seconds)
+        return self._position(reply)
+
+    def _position(self, reply: object) -> tuple[Role, int]:
         match checked(self._wire.subject, reply, list):
             case ["master", int(offset), *_]:
                 return Role.PRIMARY, offset

@@ -9,7 +9,8 @@ The primary's srd does it, in this order (A is the primary, B its successor, S o
 2. A: CLIENT PAUSE WRITE. What clients send from now on waits, and is not acknowledged.
 3. B has all that A has: the offsets are equal, 1 to 4 ms later. Not within `CATCH_UP_SECONDS`: everything is undone.
 4. A's srd stops using its lease: /primary says no here. A: REPLICAOF B. From now on nobody acknowledges a write.
-5. B: REPLICAOF NO ONE. B's srd takes the rest of the lease, says yes to /primary, and has the replicas follow.
+5. B's srd is given the rest of the lease in one word. It tells B: REPLICAOF NO ONE, says yes to /primary, and has the
+   replicas follow.
 6. A: its clients' connections end, the pause with them: what waited was never done, and its client is told so.
 7. S: SENTINEL FAILOVER. It selects B by its priority, finds it promoted, and makes the epoch by which all sentinels
    come to name B. Asked of one sentinel only, because two that are asked promote two.
@@ -19,10 +20,13 @@ of 90,000 lost); a pause that outlasts the failover writes what waited to the ol
 redis' own FAILOVER tells no sentinel, which undo it half a minute later.
 
 Whoever stops A's srd meanwhile waits: steps 4 to 7 are done to their end, and each has its bound. Where A does not
-take step 4, or B not step 5 (a redis that hangs), A is primary again, with its own lease, of which B was not told.
+take step 4 (a redis that hangs), or B's srd says that B has not taken step 5, A is primary again, with its own lease.
 Should B do later what it was told, nobody is led to it, and the sentinels make a replica of it (sentinel.c,
-+convert-to-slave). If A's srd is killed between 4 and 5 there is no primary, and Sentinel makes one after `down_after`
-and two of its own looks (a primary that reports being a replica is down); nobody has acknowledged a write meanwhile.
++convert-to-slave). Where B's srd does not answer in step 5 it may have the lease, so there is no way back: A tells B
+itself, and where it does not hear from that either, the sentinels are to choose, and A is primary again only when what
+it has given has ended. If A's srd is killed between 4 and 5 there is no primary, and Sentinel makes one after
+`down_after` and two of its own looks (a primary that reports being a replica is down); nobody has acknowledged a write
+meanwhile.
 """
 
 from __future__ import annotations
@@ -37,16 +41,16 @@ import structlog
 
 from srd.changes import ChangeKind
 from srd.cluster import PREFERRED_PRIORITY, Node
-from srd.ha.custody import Custody
+from srd.ha.custody import ASSURANCE_SECONDS, Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
-from srd.ha.promotion import HEIR_TOPIC, REIGN_TOPIC
+from srd.ha.promotion import HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
 from srd.ha.redis import RedisClient
 from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
 from srd.ha.successor import choose, obstacles
-from srd.model import AskPeer, Body, RefusedError, Role, SrdError
+from srd.model import AskPeer, RefusedError, Role, SrdError
 from srd.reconcile import boottime, to_its_end
 from srd.state import Situation
 
@@ -62,8 +66,11 @@ PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
 # For a redis that hangs to be primary again; by then the sentinels have voted for another one.
 RETURN_SECONDS: Final = 10.0
-# What of it is done to its end, whatever happens: two demands on a redis that hangs, its return, and seven more steps.
-FINISHING_SECONDS: Final = RETURN_SECONDS + 9 * STEP_SECONDS
+# Just after its end every client opens a new connection, and an epoch is announced in some thirty events.
+CLIENTS_SECONDS: Final = 0.1
+# What of it is done to its end, whatever happens: a word to a srd that hangs, two demands on a redis that does, its
+# return when what it has given away has ended, and six more steps.
+FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + ASSURANCE_SECONDS + 8 * STEP_SECONDS
 # The sentinel's own steps, 0.3 s, and the second until its INFO.
 NAMING_SECONDS: Final = 8.0
 # Not at once, nor often: just then every client opens a new connection.
@@ -197,8 +204,7 @@ class Switchover:
         expected = await self._announce(successor)
         paused = boottime()
         try:
-            await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS)
-            await _caught_up(successor, old, new)
+            await _caught_up(successor, await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS), new)
         except (SrdError, asyncio.CancelledError):
             await _quietly(old.resume(STEP_SECONDS))
             raise
@@ -207,16 +213,18 @@ class Switchover:
             self._losses.note(loss)
             try:
                 await self._demote(successor, old)
-                await _promote(successor, new)
+                await self._have_it_succeed(successor, new, expected)
             except SrdError:
-                self._losses.stayed()
-                await self._lead_again(old)
+                if self._custody.told:
+                    await self._let_them_choose(successor, old, sentinels)
+                else:
+                    self._losses.stayed()
+                    await self._lead_again(old)
                 raise
-            await self._have_it_reign(successor, expected)
             gap = boottime() - paused
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
-            await _quietly(old.resume(STEP_SECONDS))
+            await asyncio.sleep(CLIENTS_SECONDS)
             await make_epoch(sentinels)
             return gap
 
@@ -235,35 +243,62 @@ class Switchover:
         try:
             await self._ask_peer(successor.name, HEIR_TOPIC, {}, STEP_SECONDS)
         except SrdError as error:
-            log.info("the successor's srd does not get ready; it will ask for the lease", error=str(error))
+            log.info("the successor's srd does not get ready; it leads when the sentinels name it", error=str(error))
             return None
         return boottime()
 
-    async def _have_it_reign(self, successor: Node, expected: float | None) -> None:
-        """Have the successor's srd take the rest of the lease, say yes to /primary, and have the replicas follow."""
-        body: Body = self._custody.tell(expected) if expected is not None else {}
-        try:
-            await self._ask_peer(successor.name, REIGN_TOPIC, body, STEP_SECONDS)
-        except SrdError as error:
-            log.warning("the successor's srd does not answer; it leads when the sentinels name it", error=str(error))
+    async def _have_it_succeed(self, successor: Node, new: RedisClient, expected: float | None) -> None:
+        """Have the successor's srd make it the primary, with the rest of the lease; do it from here where it is silent.
 
-    async def _lead_again(self, old: RedisClient) -> None:
+        `SrdError` when nobody knows that it is primary; it may be, where the lease was `told`.
+        """
+        if expected is not None:
+            try:
+                body = self._custody.tell(expected)
+                answer = await self._ask_peer(successor.name, SUCCEED_TOPIC, body, SUCCEED_SECONDS)
+            except SrdError as error:
+                log.warning("the successor's srd does not answer; its redis is told from here", error=str(error))
+            else:
+                if answer.get("led") is True:
+                    return
+                self._custody.declined()
+                reason = f"{answer.get('why')}; the primary is to stay where it was"
+                raise SrdError("promote", successor.name, reason)
+        await _promote(successor, new)
+
+    async def _let_them_choose(self, successor: Node, old: RedisClient, sentinels: Sequence[SentinelClient]) -> None:
+        """Have the sentinels choose where the successor may lead, and neither its srd nor its redis can be asked.
+
+        A third node's, if there is one: it may be this node that is cut off. Its redis leads again only when what the
+        successor was given has ended, and has no lease before `ASSURANCE_SECONDS` are over.
+        """
+        await _quietly(old.end_clients(STEP_SECONDS))
+        third = [one for one in sentinels if one.node not in (self._node.name, successor.name)]
+        await make_epoch(third or sentinels)
+        await asyncio.sleep(max(0.0, self._custody.given_until - boottime()))
+        if await self._lead_again(old):
+            self._losses.stayed()
+
+    async def _lead_again(self, old: RedisClient) -> bool:
         """Have this node's redis be the primary that it was, unless the sentinels name another one by then.
 
-        One that hangs is told until it answers: what it was told before is done before that.
+        Return whether it is. One that hangs is told until it answers: what it was told before is done before that.
         """
+        leads = False
         own = endpoint_of(self._fleet.config, self._node)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RETURN_SECONDS):
                 while self._situation().view.named in (None, own):
                     with contextlib.suppress(RespError):
-                        if await old.role(STEP_SECONDS) is Role.PRIMARY:
+                        leads = await old.role(STEP_SECONDS) is Role.PRIMARY
+                        if leads:
                             break
                         await old.lead(STEP_SECONDS)
                     await asyncio.sleep(LOOK_SECONDS)
         self._custody.take_back()
         self._judge()
         await _quietly(old.resume(STEP_SECONDS))
+        return leads
 
     async def _refreshed(self) -> None:
         """Have as much left of the lease as can be: the successor needs it until the sentinels name it."""
@@ -300,7 +335,7 @@ async def _promote(successor: Node, new: RedisClient) -> None:
         with contextlib.suppress(RespError):
             if await new.role(STEP_SECONDS) is Role.PRIMARY:
                 return
-        raise SrdError("promote", successor.name, f"{error}; the primary is to stay where it was") from error
+        raise SrdError("promote", successor.name, str(error)) from error
 
 
 async def _prefer_no_more(successor: Node, new: RedisClient) -> None:
@@ -323,14 +358,13 @@ async def make_epoch(sentinels: Sequence[SentinelClient]) -> None:
             return
 
 
-async def _caught_up(successor: Node, old: RedisClient, new: RedisClient) -> None:
+async def _caught_up(successor: Node, paused: tuple[Role, int], new: RedisClient) -> None:
+    """Return when the successor has all that the primary had written when it was paused."""
+    own_role, own = paused
     try:
         async with asyncio.timeout(CATCH_UP_SECONDS):
             while True:
-                (their_role, theirs), (own_role, own) = (
-                    await new.position(STEP_SECONDS),
-                    await old.position(STEP_SECONDS),
-                )
+                their_role, theirs = await new.position(STEP_SECONDS)
                 if (their_role, own_role) != (Role.REPLICA, Role.PRIMARY):
                     raise SrdError(
                         "switch over to", successor.name, "somebody else has changed who is primary meanwhile"

@@ -12,12 +12,14 @@ from support.primacies import NAMES, Srd, leader, running, settled, told, watche
 from support.sentinels import Cluster, raw, redis_client, sentinel_client, until
 
 from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
+from srd.ha.custody import ASSURANCE_SECONDS
 from srd.ha.failover import ALIVE_SECONDS, OWN_FENCE_SECONDS, REPLACE_SECONDS
+from srd.ha.promotion import HEIR_TOPIC, SUCCEED_TOPIC
 from srd.ha.redis import FENCED
 from srd.ha.sentinel import OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SentinelClient
-from srd.model import RefusedError, Role, Service, SrdError
+from srd.model import Body, NoAnswerError, RefusedError, Role, Service, SrdError
 from srd.reconcile import boottime
-from srd.state import Child, ChildState
+from srd.state import Child, ChildState, Redis
 
 
 def show(**figures: float) -> None:
@@ -348,11 +350,11 @@ async def test_a_switchover_whose_successor_cannot_catch_up_leaves_everything_as
         # It stops reading the stream just when it is needed: its link is cut by a wrong password.
         old = srds["n1"].primacy._fleet.redises["n1"]
 
-        async def cut(*arguments: int) -> None:
+        async def cut(milliseconds: int, seconds: float) -> tuple[Role, int]:
             await successor._do(("CONFIG", "SET", "masterauth", "wrong"), seconds=1)
             await successor._do(("CLIENT", "KILL", "TYPE", "master"), seconds=1)
             await old._do(("PUBLISH", "news", "that it has not"), seconds=1)
-            await pause(*arguments)
+            return await pause(milliseconds, seconds)
 
         pause = old.pause_writes
         monkeypatch.setattr(old, "pause_writes", cut)
@@ -369,14 +371,14 @@ async def test_a_redis_that_hangs_in_the_middle_of_a_switchover_costs_seconds_an
     cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch, hanging: str, step: str
 ) -> None:
     async with watched(srds, *NAMES):
-        redis = srds["n1"].primacy._fleet.redises[hanging]
+        redis = srds[hanging].primacy._fleet.redises[hanging]
         really = getattr(redis, step)
 
-        async def hang(*arguments: object) -> None:
+        async def hang(*arguments: object) -> object:
             cluster.send(f"redis-{hanging}", signal.SIGSTOP)
             monkeypatch.setattr(redis, step, really)
             asyncio.get_running_loop().call_later(2.5, cluster.send, f"redis-{hanging}", signal.SIGCONT)
-            await really(*arguments)
+            return await really(*arguments)
 
         monkeypatch.setattr(redis, step, hang)
         began = time.monotonic()
@@ -392,17 +394,60 @@ async def test_a_redis_that_hangs_in_the_middle_of_a_switchover_costs_seconds_an
         assert srds["n1"].leads()
 
 
+@pytest.mark.parametrize("done", [True, False], ids=["after it has", "before it has"])
+async def test_a_successor_whose_srd_falls_silent_in_the_middle_of_a_switchover_leads_in_the_end(
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch, *, done: bool
+) -> None:
+    async with watched(srds, *NAMES):
+        answers = srds["n2"].primacy._answers
+        really = answers[SUCCEED_TOPIC]
+
+        async def silent(peer: str, body: Body) -> Body:
+            if done:
+                await really(peer, body)
+            raise NoAnswerError("ask", "n2", "no answer within 1.5 s")
+
+        monkeypatch.setitem(answers, SUCCEED_TOPIC, silent)
+        switched = await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
+        assert (switched["to"], switched["named"]) == ("n2", True)
+        assert await leader(srds, NAMES) is srds["n2"]
+        await writes(cluster, "n2")
+        await settled(cluster, cluster.endpoint("n2"))
+
+
+async def test_a_successor_that_is_not_heard_at_all_in_the_middle_of_a_switchover_leaves_the_choice_to_the_sentinels(
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(srds, *NAMES):
+
+        async def silent(_peer: str, _body: Body) -> Body:
+            cluster.send("redis-n2", signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(8, cluster.send, "redis-n2", signal.SIGCONT)
+            raise NoAnswerError("ask", "n2", "no answer within 1.5 s")
+
+        monkeypatch.setitem(srds["n2"].primacy._answers, SUCCEED_TOPIC, silent)
+        began = time.monotonic()
+        with pytest.raises(SrdError, match=r"cannot promote n2: .*no answer in time"):
+            await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
+        led = await leader(srds, NAMES)
+        await writes(cluster, led.name)
+        show(without=time.monotonic() - began)
+        await settled(cluster, cluster.endpoint(led.name))
+        for name in set(NAMES) - {led.name}:
+            await srds[name].until(lambda view: view.redis is not None and view.redis.link_up)
+
+
 async def test_a_switchover_whose_srd_is_stopped_in_the_middle_is_done_to_its_end(
     cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with watched(srds, *NAMES):
-        successor = srds["n1"].primacy._fleet.redises["n2"]
+        successor = srds["n2"].primacy._fleet.redises["n2"]
         really = successor.lead
 
-        async def stopped(seconds: float) -> None:
+        async def stopped(seconds: float) -> Redis:
             stopping.cancel()
             await asyncio.sleep(0.1)
-            await really(seconds)
+            return await really(seconds)
 
         monkeypatch.setattr(successor, "lead", stopped)
         switchover = srds["n1"].primacy.moves._switchover
@@ -412,6 +457,22 @@ async def test_a_switchover_whose_srd_is_stopped_in_the_middle_is_done_to_its_en
             await stopping
         assert await leader(srds, NAMES) is srds["n2"]
         await settled(cluster, cluster.endpoint("n2"))
+
+
+async def test_the_lease_that_a_successor_is_given_counts_from_when_it_was_told_to_expect_it(
+    srds: dict[str, Srd],
+) -> None:
+    heir, lease = srds["n2"], srds["n2"].config.primary_lease
+    await heir.primacy.answer("n1", HEIR_TOPIC, {})
+    expected = boottime()
+    await asyncio.sleep(0.02)  # it was renewed: longer than a lease from then on, and no longer from now on
+    given: Body = {"seconds": lease + 0.01, "assured": ASSURANCE_SECONDS}
+    assert (await heir.primacy.answer("n1", SUCCEED_TOPIC, given))["led"] is True
+    assert heir.leads(), "its redis was asked, and its lease judged, before it answered"
+    custody = heir.primacy._custody
+    assert 0 <= expected + lease + 0.01 - custody.granted_until < 0.01
+    assert custody.is_assured(expected + ASSURANCE_SECONDS - 0.1)
+    await heir.primacy.close()
 
 
 async def test_a_node_that_stops_during_a_switchover_waits_for_its_end(srds: dict[str, Srd]) -> None:

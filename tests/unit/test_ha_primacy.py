@@ -12,7 +12,7 @@ from srd.ha.history import word_of
 from srd.ha.moves import SWITCHOVER_TOPIC
 from srd.ha.primacy import ENDING_TOPIC, Primacy
 from srd.ha.progress import Stock
-from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, REIGN_TOPIC
+from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, SUCCEED_TOPIC
 from srd.model import Body, RefusedError
 from srd.state import Situation, Store
 
@@ -58,7 +58,9 @@ def primacy(store: Store) -> Primacy:
     )
 
 
-@pytest.mark.parametrize("topic", [HEIR_TOPIC, LEASE_TOPIC, REIGN_TOPIC, SWITCHOVER_TOPIC, ENDING_TOPIC, HISTORY_TOPIC])
+@pytest.mark.parametrize(
+    "topic", [HEIR_TOPIC, LEASE_TOPIC, SUCCEED_TOPIC, SWITCHOVER_TOPIC, ENDING_TOPIC, HISTORY_TOPIC]
+)
 @pytest.mark.parametrize("peer", ["app-1", "redis-9"])
 async def test_a_client_has_no_say_in_who_is_primary(topic: str, peer: str) -> None:
     store = Store(NOW)

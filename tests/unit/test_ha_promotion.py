@@ -1,8 +1,6 @@
-"""What is taken over in a switchover: the former primary's lease, by what its srd says or is asked for."""
+"""What the srd of a successor refuses to take over in a switchover; its redis is not even asked then."""
 
 from __future__ import annotations
-
-import asyncio
 
 import pytest
 from support.sentinels import SECRETS
@@ -10,51 +8,39 @@ from support.situations import config
 
 from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet
-from srd.ha.promotion import LEASE_TOPIC, Promotion
+from srd.ha.promotion import Promotion
 from srd.model import Body
 from srd.reconcile import boottime
 from srd.state import Store
 
 CONFIG = config()
-FORMER, SUCCESSOR = CONFIG.redis_nodes[:2]
+FORMER, SUCCESSOR, THIRD = CONFIG.redis_nodes
+LEASE: Body = {"seconds": 1.0, "assured": 4.0}
 
 
-class Succession:
-    """The second node's srd, which is about to succeed the first; the first gives for a second whenever it is asked."""
+def nothing(*_: object) -> None:
+    raise AssertionError("nothing has changed")
 
-    def __init__(self) -> None:
-        self.custody = Custody()
-        self.asked: list[str] = []
-        self.promotion = Promotion(
-            Fleet(CONFIG, SECRETS),
-            SUCCESSOR,
-            store=Store(boottime()),
-            custody=self.custody,
-            ask_peer=self._ask,
-            look=lambda: None,
-            judge=lambda: None,
-        )
 
-    async def _ask(self, peer: str, topic: str, _body: Body, _seconds: float) -> Body:
-        assert (peer, topic) == (FORMER.name, LEASE_TOPIC)
-        self.asked.append(peer)
-        return {"seconds": 1.0}
+async def no_peer(peer: str, topic: str, _body: Body, _seconds: float) -> Body:
+    raise AssertionError(f"{peer} was asked about the {topic}")
 
 
 @pytest.fixture
-def succession(monkeypatch: pytest.MonkeyPatch) -> Succession:
-    monkeypatch.setattr("srd.ha.promotion.LEADING_SECONDS", 0.01)
-    return Succession()
-
-
-async def test_what_is_given_counts_from_when_it_was_expected(succession: Succession) -> None:
-    await succession.promotion.expect(FORMER.name, {})
-    expected = boottime()
-    await asyncio.sleep(0.02)  # its lease was renewed: longer than a lease from then on, and no longer from now on
-    await succession.promotion.succeed(FORMER.name, {"seconds": CONFIG.primary_lease + 0.01, "assured": 4.0})
-    assert succession.asked == []
-    assert 0 <= expected + CONFIG.primary_lease + 0.01 - succession.custody.granted_until < 0.01
-    assert succession.custody.is_assured(expected + 3.9)
+def promotion() -> Promotion:
+    """The second node's, which can reach no redis."""
+    fleet = Fleet(CONFIG, SECRETS)
+    fleet.redises.clear()
+    return Promotion(
+        fleet,
+        SUCCESSOR,
+        store=Store(boottime()),
+        custody=Custody(),
+        ask_peer=no_peer,
+        look=nothing,
+        observed=nothing,
+        judge=nothing,
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,16 +48,14 @@ async def test_what_is_given_counts_from_when_it_was_expected(succession: Succes
     [{}, {"seconds": 60.0}, {"seconds": -1.0}, {"seconds": "2"}, {"seconds": 1.0, "assured": "for ever"}],
     ids=["nothing", "more than a lease", "ended", "text", "no number"],
 )
-async def test_what_is_of_no_use_is_asked_for(succession: Succession, body: Body) -> None:
-    await succession.promotion.expect(FORMER.name, {})
-    await succession.promotion.succeed(FORMER.name, body)
-    assert succession.asked == [FORMER.name]
-    assert succession.custody.held_until(0.0, boottime(), 0) > boottime()
+async def test_words_that_give_no_lease_are_declined(promotion: Promotion, body: Body) -> None:
+    await promotion.expect(FORMER.name, {})
+    assert (await promotion.succeed(FORMER.name, body))["led"] is False
+    assert promotion._custody == Custody()
 
 
-async def test_who_was_not_expected_is_asked(succession: Succession) -> None:
-    await succession.promotion.expect("redis-3", {})
-    await succession.promotion.succeed(FORMER.name, {"seconds": 1.0})
-    assert succession.asked == [FORMER.name]
-    await succession.promotion.succeed(FORMER.name, {"seconds": 1.0})
-    assert succession.asked == [FORMER.name] * 2, "an expectation is of one switchover"
+async def test_a_switchover_that_was_not_announced_is_declined(promotion: Promotion) -> None:
+    assert (await promotion.succeed(FORMER.name, LEASE))["led"] is False
+    await promotion.expect(THIRD.name, {})
+    assert (await promotion.succeed(FORMER.name, LEASE))["led"] is False
+    assert (await promotion.succeed(THIRD.name, LEASE))["led"] is False, "an expectation is of one word"
