@@ -74,8 +74,12 @@ OWN_FENCE_SECONDS: Final = MIN_REPLICAS_MAX_LAG + 2.0
 # is known beforehand, as of a silent node, its INFOs are made to fall so that one comes 0.65 s after the hurry.
 ALIGN_SECONDS: Final = 0.45
 ALIGNING_SECONDS: Final = 0.15
-# A srd says something each second: it is taken for alive at the cut if it was heard so shortly before.
+# A srd says something each second: it is well if it was heard so long after the first ping without a reply.
 ALIVE_SECONDS: Final = 1.5
+# It was well at the cut if it was heard so long before that ping: a second until its next word, one until the next ping
+# (SENTINEL_PING_PERIOD), and a sentinel's tick. With 1.5 s two losses of 24 in the lab took the two seconds more that
+# redis' own fence needs. Of one that dies the connection ends at once, so it is only one that hangs that this is about.
+HEARD_SECONDS: Final = 2.5
 # Sentinels ping once a second: so far apart may the first pings be that one cut has left without a reply.
 ONE_CUT_SECONDS: Final = 1.5
 
@@ -113,7 +117,9 @@ def replaceable_at(s: Situation, primary: Node) -> float | None:
     report = s.view.peers.get(primary.name)
     if report is not None and report.received > since + ALIVE_SECONDS:
         return None  # srd there is alive and well, and knows better what its redis does
-    alive = report is not None and report.received > since - ALIVE_SECONDS
+    channel = s.view.channels.get(primary.name)
+    ended = channel is not None and not channel.connected  # that of a node which is cut off ends seconds later
+    alive = report is not None and report.received > since - HEARD_SECONDS and not ended
     return since + (REPLACE_SECONDS if alive else OWN_FENCE_SECONDS)
 
 

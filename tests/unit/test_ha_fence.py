@@ -19,7 +19,7 @@ from srd.ha.preference import most_advanced
 from srd.ha.redis import FENCED
 from srd.ha.strays import Stray
 from srd.model import Endpoint, Role
-from srd.state import Lease, PeerReport, Redis, ReplicaOf, SentinelAnswer, Situation, View
+from srd.state import Channel, Lease, PeerReport, Redis, ReplicaOf, SentinelAnswer, Situation, View
 
 NOW = 1000.0
 
@@ -135,6 +135,8 @@ def seen_from_n2(n2: float | None, n3: float | None, last_word_of_n1: float | No
         (9, None, 9, False),  # one sentinel is answered
         (REPLACE_SECONDS, 1.6, REPLACE_SECONDS + 0.5, True),  # its srd lived until the cut, and has fenced
         (REPLACE_SECONDS - 0.01, 1.6, REPLACE_SECONDS + 0.5, False),
+        (REPLACE_SECONDS, 1.6, REPLACE_SECONDS + 2.1, True),  # cut off just before its next word, and just after a ping
+        (REPLACE_SECONDS, 1.6, REPLACE_SECONDS + 2.6, False),
         (REPLACE_SECONDS, 1.0, REPLACE_SECONDS, False),  # the other sentinel is not sure yet
         (REPLACE_SECONDS, 1.6, 20, False),  # its srd was gone before: redis' own fence is waited for
         (REPLACE_SECONDS, 1.6, None, False),
@@ -154,6 +156,16 @@ def test_a_silent_primary_is_replaced_once_its_fences_have_fallen(
     expected: bool,  # noqa: FBT001
 ) -> None:
     assert may_replace(seen_from_n2(n2, n3, last_word), N1) is expected
+
+
+def test_a_srd_whose_connection_ended_before_its_node_fell_silent_has_not_fenced() -> None:
+    s = seen_from_n2(REPLACE_SECONDS, 1.6, REPLACE_SECONDS + 0.5)
+    for connected in (True, False):
+        channel = Channel(peer="n1", connected=connected, since=0.0)
+        assert (
+            may_replace(dataclasses.replace(s, view=dataclasses.replace(s.view, channels={"n1": channel})), N1)
+            is connected
+        )
 
 
 def test_a_sentinel_in_tilt_or_one_that_names_another_is_no_witness() -> None:
