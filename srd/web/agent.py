@@ -9,8 +9,8 @@ an answer is counted on once, and for `REMEMBERED_SECONDS`. So a haproxy that is
 waited for, is answered at once; and so is each of two that share an address. One that ends in the very moment between
 two questions, and asks again as another within that time, is answered after `HOLD_SECONDS` at the latest.
 
-A verdict also changes by time alone, when a lease ends: everybody who waits is looked at after each change of the store
-and every `TICK_SECONDS`, by one timer for all of them.
+A verdict also changes by time alone: everybody who waits is looked at after each change of the store, at the moment
+when the lease ends, and every `TICK_SECONDS`, by one timer for all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from srd.web.health import ErrorCode
 BACKLOG: Final = 256
 # haproxy gives up after its `timeout check`, which is 3 s: that same limit is how soon it finds a srd that hangs.
 HOLD_SECONDS: Final = 2.0
-TICK_SECONDS: Final = 0.05
+# For what is not that urgent: an answer that is due without anything new, evidence that gets too old.
+TICK_SECONDS: Final = 0.25
 # haproxy asks again after `agent-inter`, 20 ms. Who comes later is told once more what it knows: that harms nobody.
 REMEMBERED_SECONDS: Final = 0.1
 MAX_REMEMBERED: Final = 256
@@ -175,7 +176,7 @@ class AgentServer:
         """Look after a connection from now on."""
         self._open.add(connection)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+            self._arm()
 
     def closed(self, connection: _Connection) -> None:
         """Forget a connection, and with it what was known to whoever waited in it."""
@@ -207,15 +208,23 @@ class AgentServer:
         situation = self._situation()
         return {question: answer(question, situation) for question in Question}
 
-    def _tick(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick) if self._open else None
-        self._review()
-
     def _review(self) -> None:
         self._woken = False
         truth, now = self._truth(), boottime()
         for connection in tuple(self._open):
             self._look_at(connection, truth, now)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have it looked again when the lease ends, and before that soon; nobody waits: not at all."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._open:
+            s = self._situation()
+            left = s.view.lease.expires - s.now if s.view.lease is not None else 0.0
+            pause = min(left, TICK_SECONDS) if left > 0 else TICK_SECONDS
+            self._timer = asyncio.get_running_loop().call_later(pause, self._review)
 
     def _look_at(self, connection: _Connection, truth: Mapping[Question, Answer], now: float) -> None:
         """Answer what waits, if there is something new or its time is up; end what does not ask."""

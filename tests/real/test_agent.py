@@ -77,8 +77,14 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(
-    situation: Situation, *, known: asyncio.Event | None = None, hold_seconds: float = 60.0, **limits: int
+    situation: Situation,
+    *,
+    known: asyncio.Event | None = None,
+    hold_seconds: float = 60.0,
+    moves: bool = False,
+    **limits: int,
 ) -> AsyncIterator[Served]:
+    """Serve; the situation's clock stands still unless it `moves`."""
     own = Node(situation.node.name, NodeKind.REDIS, (ip_address(loopback(1)),))
     with socket.socket() as probe:
         probe.bind((loopback(1), 0))
@@ -90,7 +96,12 @@ async def serving(
         haproxy_agent=HaproxyAgentSection(port=port),
         listen_localhost=False,
     )
-    server = AgentServer(lambda: served.now, known=known, hold_seconds=hold_seconds)
+    began = boottime()
+
+    def present() -> Situation:
+        return replace(served.now, now=served.now.now + boottime() - began) if moves else served.now
+
+    server = AgentServer(present, known=known, hold_seconds=hold_seconds)
     served = Served(server, port, replace(situation, node=own, config=config))
     async with started(server):
         yield served
@@ -144,6 +155,20 @@ async def test_a_lease_that_ends_by_itself_is_noticed() -> None:
         check = await served.waiting()
         served.now = replace(served.now, now=NOW + 1)  # time alone: nothing is written, nobody is woken
         assert (await told(check)).startswith(b"down # lease_expired: ")
+
+
+async def test_the_end_of_a_lease_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "TICK_SECONDS", PATIENCE)
+    lease = Lease(True, NOW + 0.5, 3, 3, primary_situation().view.lease.primary)  # type: ignore[union-attr]
+    async with serving(primary_situation(lease=lease), moves=True) as served:
+        assert await served.ask() == UP
+        check = await served.waiting()
+        shorter = replace(lease, expires=NOW + 0.3)
+        served.becomes(primary_situation(lease=shorter))  # by the word of others, and before the timer would look
+        assert (await told(check)).startswith(b"down # lease_expired: ")
+        ended = served.server._situation().now - shorter.expires
+        print(f"told after {ended * 1000:.2f} ms")  # noqa: T201
+        assert ended < 0.1
 
 
 async def test_a_connection_is_not_held_for_ever() -> None:
