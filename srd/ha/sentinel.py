@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,7 @@ from srd.state import SentinelAnswer
 RESUBSCRIBE_CAP_SECONDS: Final = 1.0
 SUBSCRIBED: Final = "subscribed"
 SELECTED: Final = "+selected-slave"
+HELLO_CHANNEL: Final = "__sentinel__:hello"  # the one to which a sentinel itself takes PUBLISH (sentinelPublishCommand)
 # A sentinel forgets its pace when it is started anew, which its own silence or this many seconds show.
 PACE_SECONDS: Final = 5.0
 
@@ -192,6 +193,27 @@ class SentinelClient:
         """
         reply = await self._wire.tell(("SENTINEL", "FAILOVER", self._master), seconds=seconds)
         checked(self._wire.subject, reply, str)
+
+    async def vote(self, primary: Endpoint, leader: str, epoch: int, seconds: float = ANSWER_SECONDS) -> bool:
+        """Have it vote, in an epoch, for a sentinel, by its id, to be the one that replaces a primary; say if it does.
+
+        It votes once in an epoch, and not in one that is older than any it knows of (sentinel.c, sentinelVoteLeader).
+        """
+        question = ("SENTINEL", "IS-MASTER-DOWN-BY-ADDR", str(primary.address), str(primary.port), str(epoch), leader)
+        (reply,) = await self._wire.ask(question, seconds=seconds)
+        _, voted, voted_in = checked(self._wire.subject, reply, list)
+        return (voted, voted_in) == (leader, epoch)
+
+    async def take_in(
+        self, speaker: Sequence[str], primary: Endpoint, epoch: int, seconds: float = ANSWER_SECONDS
+    ) -> None:
+        """Tell it, as if from another sentinel, of the configuration of an epoch: who is primary by it.
+
+        `speaker` is that one's address, port, id and epoch, as a hello begins (sentinel.c, sentinelSendHello).
+        """
+        hello = ",".join((*speaker, self._master, str(primary.address), str(primary.port), str(epoch)))
+        (reply,) = await self._wire.ask(("PUBLISH", HELLO_CHANNEL, hello), seconds=seconds)
+        checked(self._wire.subject, reply, int)
 
     async def look_every(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
         """Have it look at the replicas more or less often for a while; `keep_pace` ends that."""

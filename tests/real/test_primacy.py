@@ -326,6 +326,33 @@ async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(
             await srd.until(lambda view, told=priority: view.redis is not None and view.redis.priority == told)
 
 
+async def test_a_switchover_cuts_off_nobody_who_has_come_to_the_new_primary(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES), raw(cluster, "n2") as reader, raw(cluster, "n2") as application:
+        early = await reader.client_id()
+        switching = asyncio.create_task(srds["n1"].primacy.moves.switch_over("n2", dry_run=False))
+        await srds["n2"].until(lambda _: srds["n2"].leads())
+        late = await application.client_id()
+        await switching
+        await settled(cluster, cluster.endpoint("n2"))
+        assert (await reader.client_id(), await application.client_id()) == (early, late)
+
+
+async def test_a_primary_that_dies_just_after_a_switchover_is_replaced_as_soon(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
+        began = time.monotonic()
+        cluster.kill("redis-n2")
+        srds["n2"].redis_died()
+        successor = await leader(srds, ("n1", "n3"))
+        show(leads=time.monotonic() - began)
+        assert time.monotonic() - began < 4, "no sentinel waits for the end of a failover"
+        await writes(cluster, successor.name)
+
+
 async def test_clients_are_cut_off_when_the_successor_leads_and_not_before(
     srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
