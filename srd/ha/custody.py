@@ -9,7 +9,7 @@ Only what is left, and counted on one clock each: the holder says for how many s
 the successor counts them from the moment when it asked, or answered that it is ready, which the holder takes to be when
 that answer came. A holder gives its lease away when its redis has ended, or in a switchover just before it is made a
 replica; to one node, and has none itself until the given one has ended, whatever the sentinels say. Only in a
-switchover that comes to nothing it takes it back, and only if the heir was never told.
+switchover that comes to nothing it takes it back, and only if the heir was never told, or has declined it.
 
 It also waits for `ASSURANCE_SECONDS` for a newer epoch than the one in which it held its lease: the given one may end
 before a majority names the successor, which then need not wait until a lease of its predecessor must have ended.
@@ -59,9 +59,9 @@ class Custody:
     def give(self, heir: str, now: float) -> float:
         """Give what is left of the lease to a node; return for how many seconds, 0 if it is not to be had."""
         if now >= self.given_until:
+            self.heir, self.told = heir, False
             if self.known_until <= now:
                 return 0.0
-            self.heir, self.told = heir, False
             self.given_until, self.given_epoch = self.known_until, self.known_epoch
         elif heir != self.heir:
             return 0.0
@@ -86,7 +86,7 @@ class Custody:
         self.told = False
 
     def take_back(self) -> None:
-        """Have it back, unless the heir was told already that it was given."""
+        """Have it back, unless the heir may have it: it was told, and has not declined."""
         if not self.told:
             self.heir, self.given_until, self.barred_until = None, 0.0, 0.0
 

@@ -2,21 +2,22 @@
 
 What a sentinel's leader does after a failover, without the failover. Two steps, each asked of all at once:
 
-1. A vote for a new epoch (SENTINEL IS-MASTER-DOWN-BY-ADDR with an epoch and a leader's id): a majority gives it to one
-   of the sentinels, so nobody else can lead in that epoch (sentinel.c, sentinelVoteLeader).
+1. A vote for a new epoch (SENTINEL IS-MASTER-DOWN-BY-ADDR with an epoch and a leader's id): a majority gives it to an
+   id that is nobody else's, so nobody else can lead in that epoch (sentinel.c, sentinelVoteLeader).
 2. The hello by which sentinels tell one another of a newer configuration (sentinel.c, sentinelProcessHelloMessage):
    they take it in at once, and spread it among themselves should one of them miss it. It comes to each as if from
    another one that it knows: of itself it would make a sentinel of its own.
 
-SENTINEL FAILOVER would do as well, and is asked for where this fails. But it takes 0.5 to 1.5 s in which the
-successor is not named; its epoch has nobody's vote; it ends the connections of the new primary's clients, which have
-just come (CLIENT KILL TYPE normal, sentinelSendSlaveOf); and the sentinel that was asked begins no other failover for
-twice the failover-timeout. Here it may begin one at once: whoever takes a configuration in forgets when it has tried
+SENTINEL FAILOVER would do as well, and is asked for where nobody votes. But it takes 0.5 to 1.5 s in which the
+successor is not named, and the sentinel that was asked is busy with it; no majority has voted for its epoch; and it
+ends the connections of the new primary's clients, which have just come (CLIENT KILL TYPE normal, sentinelSendSlaveOf).
+Here each sentinel may begin a failover at once: whoever takes a configuration in forgets when it has tried or voted
 last (sentinelResetMaster).
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Final
 
@@ -32,34 +33,42 @@ from srd.state import SentinelAnswer
 log = structlog.get_logger(__name__)
 
 STEP_SECONDS: Final = 0.5
+# One that does not answer may have taken it in; it does no harm twice.
+ATTEMPTS: Final = 3
 _SPEAKERS: Final = 2
 
 
 async def have_named(
     config: Config, sentinels: Mapping[str, SentinelClient], former: Endpoint, successor: Endpoint
 ) -> bool:
-    """Have the sentinels, by node, name the successor of a former primary; return whether a majority was told."""
+    """Have the sentinels, by node, name the successor of a former primary; False when none of them was told anything.
+
+    Once one was told, it is spread; whoever asked for a failover then would have the successor replaced.
+    """
     answers = await on_all(sentinels, lambda one: one.ask(STEP_SECONDS))
-    if reason := unfit(config, answers, former):
+    if sum(answer.primary == successor for answer in answers.values()) >= config.majority:
+        return True
+    naming = {name: answer for name, answer in answers.items() if answer.primary == former and not answer.tilt}
+    if reason := unfit(config, answers, former) or (len(naming) < _SPEAKERS and "one has nobody to hear it from"):
         log.warning("the sentinels are not told whom to name", why=reason)
         return False
-    naming = {name: answer for name, answer in answers.items() if answer.primary == former and not answer.tilt}
-    if len(naming) < _SPEAKERS:
-        return False  # a lone one has nobody to hear it from
     epoch = 1 + max(max(answer.epoch, answer.vote_epoch) for answer in answers.values())
-    leader = next(iter(naming.values())).run_id
+    leader = secrets.token_hex(20)  # as long as a sentinel's id, and no sentinel's: it leads in no other failover
     asked = {name: sentinels[name] for name in naming}
     votes = await on_all(asked, lambda one: one.vote(former, leader, epoch, STEP_SECONDS))
     if sum(votes.values()) < config.majority:
         log.warning("no majority of the sentinels votes", epoch=epoch, votes=votes)
         return False
-    told = await on_all(
-        asked, lambda one: one.take_in(_from_another(config, one.node, naming, epoch), successor, epoch, STEP_SECONDS)
-    )
-    return len(told) >= config.majority
+    for _ in range(ATTEMPTS):
+        told = await on_all(
+            asked, lambda one: one.take_in(_another(config, one.node, naming, epoch), successor, epoch, STEP_SECONDS)
+        )
+        if len(told) >= config.majority:
+            break
+    return True
 
 
-def _from_another(config: Config, node: str, naming: Mapping[str, SentinelAnswer], epoch: int) -> tuple[str, ...]:
+def _another(config: Config, node: str, naming: Mapping[str, SentinelAnswer], epoch: int) -> tuple[str, ...]:
     """Return how another sentinel than a node's begins its hello: where it is, who it is, the epoch it knows of."""
     speaker = next(answer for name, answer in naming.items() if name != node)
     return str(config.node(speaker.node).address), str(config.sentinel.port), speaker.run_id, str(epoch)

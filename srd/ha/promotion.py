@@ -1,4 +1,7 @@
-"""What the srd of a redis that the sentinels promote does at once, instead of letting it become known by and by.
+"""What the srd of a redis that is promoted does at once, instead of letting it become known by and by.
+
+In a switchover (ha/switchover.py) the former primary's srd has announced it: this one makes its redis the primary, and
+is given the rest of the lease with that word (`Promotion.succeed`). Otherwise it is the sentinels that promote it.
 
 The leader of a failover says whom it has chosen (+selected-slave), then sends SLAVEOF NO ONE, and learns by its next
 INFO, up to a second later, that it is done; only then does it tell the other sentinels, and moves the other replicas.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 from collections.abc import Callable
 from typing import Final
@@ -25,6 +29,7 @@ from srd.cluster import Node
 from srd.ha.custody import ASSURANCE_SECONDS, Custody, Offer
 from srd.ha.fleet import Fleet
 from srd.ha.lease import endpoint_of
+from srd.ha.naming import have_named
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SELECTED, Event
@@ -42,6 +47,8 @@ PROMOTION_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.01
 STEP_SECONDS: Final = 0.5
 CLAIM_SECONDS: Final = 1.0
+# For its predecessor to have this node named, which takes some milliseconds; its lease lasts longer.
+NAMED_SECONDS: Final = 0.7
 # Until the answer of a successor: its redis is told, and asked once more if that was not heard.
 SUCCEED_SECONDS: Final = 2 * STEP_SECONDS + 0.5
 
@@ -120,7 +127,7 @@ class Promotion:
         `body` says what is left of that one's lease, from when it was `expect`ed. Clients are cut off there by this
         answer, and it is here that they knock at once. A no, and `why`, is for good: the lease was not taken.
         """
-        expected, self._expected = self._expected, None
+        expected = self._expected
         offer = self._offer(former, expected[1], body) if expected is not None and expected[0] == former else None
         if offer is None:
             return {"led": False, "why": "its srd does not expect that, or it comes too late"}
@@ -129,17 +136,32 @@ class Promotion:
             seen = await _made_primary(own)
         except RespError as error:
             return {"led": False, "why": str(error)}
-        self._take(offer, boottime())
-        self._observed(seen)
+        promoted = boottime()
+        self._take(offer, promoted)
+        # What the observer has asked before that, it may have been told by a replica.
+        self._observed(dataclasses.replace(seen, answered=promoted))
+        self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
+        self._expected = None
         self._followers.set()
         return {"led": True}
 
     async def gather(self) -> None:
-        """Have the replicas follow whenever this node has succeeded; until cancelled."""
+        """Have the replicas follow whenever this node has succeeded, and the sentinels name it; until cancelled."""
         while True:
             await self._followers.wait()
             self._followers.clear()
             await contained("promotion", self._gather)
+            await contained("promotion", self._see_to_its_name)
+
+    async def _see_to_its_name(self) -> None:
+        """Have the sentinels name this node where its predecessor does not: its srd may have ended just then."""
+        own, former = endpoint_of(self._fleet.config, self._node), self._former
+        try:
+            await self._store.wait_for(lambda view: view.named == own, NAMED_SECONDS)
+        except TimeoutError:
+            if former is not None and _leads(self._store.view()):
+                await have_named(self._fleet.config, self._fleet.sentinels, former, own)
+                self._look()
 
     async def _ask_for_lease(self) -> Offer | None:
         """Ask the former primary's srd for what is left of its lease; None if it does not give it."""

@@ -27,7 +27,7 @@ Should B do later what it was told, nobody is led to it, and the sentinels make 
 itself, and where it does not hear from that either, the sentinels are to choose, and A is primary again only when what
 it has given has ended. If A's srd is killed between 4 and 5 there is no primary, and Sentinel makes one after
 `down_after` and two of its own looks (a primary that reports being a replica is down); nobody has acknowledged a write
-meanwhile.
+meanwhile. If it is killed after 5, B's srd has B named.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
 
 from srd.changes import ChangeKind
-from srd.cluster import PREFERRED_PRIORITY, Node
-from srd.ha.custody import ASSURANCE_SECONDS, Custody
+from srd.cluster import LEASE_SECONDS, PREFERRED_PRIORITY, Node
+from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
@@ -52,7 +53,7 @@ from srd.ha.redis import RedisClient
 from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
 from srd.ha.successor import choose, obstacles
-from srd.model import AskPeer, RefusedError, Role, SrdError
+from srd.model import AskPeer, Endpoint, RefusedError, Role, SrdError
 from srd.reconcile import boottime, to_its_end
 from srd.state import Situation
 
@@ -68,15 +69,17 @@ PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
 # For a redis that hangs to be primary again; by then the sentinels have voted for another one.
 RETURN_SECONDS: Final = 10.0
-# Just then every client opens a new connection, and sentinels that take another primary in look at everything anew.
-CLIENTS_SECONDS: Final = 0.1
 # What of it is done to its end, whatever happens: a word to a srd that hangs, two demands on a redis that does, its
-# return when what it has given away has ended, and eight more steps.
-FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + ASSURANCE_SECONDS + 10 * STEP_SECONDS
+# return when what it has given away has ended, and ten more steps.
+FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + LEASE_SECONDS + 12 * STEP_SECONDS
 # The sentinel's own steps, 0.3 s, and the second until its INFO.
 NAMING_SECONDS: Final = 8.0
 # Not at once, nor often: just then every client opens a new connection.
 NAMING_LOOK_SECONDS: Final = 0.2
+
+
+class UnheardError(SrdError):
+    """The successor may be primary, and may have the lease: nobody there can be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,19 +220,18 @@ class Switchover:
             try:
                 await self._demote(successor, old)
                 await self._have_it_succeed(successor, new, expected)
+            except UnheardError:
+                await self._let_them_choose(successor, old, sentinels)
+                raise
             except SrdError:
-                if self._custody.told:
-                    await self._let_them_choose(successor, old, sentinels)
-                else:
-                    self._losses.stayed()
-                    await self._lead_again(old)
+                self._losses.stayed()
+                await self._lead_again(old)
                 raise
             gap = boottime() - paused
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
-            await asyncio.sleep(CLIENTS_SECONDS)
             if not await have_named(self._fleet.config, self._fleet.sentinels, loss.primary, endpoint):
-                await make_epoch(sentinels)
+                await make_epoch(sentinels, loss.primary)
             return gap
 
         # Half of it is no primary at all.
@@ -254,34 +256,41 @@ class Switchover:
     async def _have_it_succeed(self, successor: Node, new: RedisClient, expected: float | None) -> None:
         """Have the successor's srd make it the primary, with the rest of the lease; do it from here where it is silent.
 
-        `SrdError` when nobody knows that it is primary; it may be, where the lease was `told`.
+        `UnheardError` when it may have done so and nobody there answers, `SrdError` when it has not.
         """
-        if expected is not None:
+        if expected is None:
+            await _promote(successor, new)
+            return
+        ask = partial(self._ask_peer, successor.name, SUCCEED_TOPIC, self._custody.tell(expected))
+        try:
+            answer = await ask(SUCCEED_SECONDS)
+        except SrdError as error:
+            log.warning("the successor's srd does not answer; its redis is told from here", error=str(error))
             try:
-                body = self._custody.tell(expected)
-                answer = await self._ask_peer(successor.name, SUCCEED_TOPIC, body, SUCCEED_SECONDS)
-            except SrdError as error:
-                log.warning("the successor's srd does not answer; its redis is told from here", error=str(error))
-            else:
-                if answer.get("led") is True:
-                    return
-                self._custody.declined()
-                reason = f"{answer.get('why')}; the primary is to stay where it was"
-                raise SrdError("promote", successor.name, reason)
-        await _promote(successor, new)
+                await _promote(successor, new)
+            except SrdError as unheard:
+                raise UnheardError("promote", successor.name, unheard.reason) from unheard
+            with contextlib.suppress(SrdError):
+                await ask(STEP_SECONDS)  # new keys may have cut it short: it is not too late for the lease
+            return
+        if answer.get("led") is not True:
+            self._custody.declined()
+            reason = f"{answer.get('why')}; the primary is to stay where it was"
+            raise SrdError("promote", successor.name, reason)
 
     async def _let_them_choose(self, successor: Node, old: RedisClient, sentinels: Sequence[SentinelClient]) -> None:
         """Have the sentinels choose where the successor may lead, and neither its srd nor its redis can be asked.
 
         A third node's, if there is one: it may be this node that is cut off. Its redis leads again only when what the
-        successor was given has ended, and has no lease before `ASSURANCE_SECONDS` are over.
+        successor was given has ended, and has no lease before custody.ASSURANCE_SECONDS are over.
         """
         await _quietly(old.end_clients(STEP_SECONDS))
         third = [one for one in sentinels if one.node not in (self._node.name, successor.name)]
-        await make_epoch(third or sentinels)
+        await make_epoch(third or sentinels, endpoint_of(self._fleet.config, self._node))
         await asyncio.sleep(max(0.0, self._custody.given_until - boottime()))
         if await self._lead_again(old):
             self._losses.stayed()
+            await self._fleet.have_follow(self._node, STEP_SECONDS)
 
     async def _lead_again(self, old: RedisClient) -> bool:
         """Have this node's redis be the primary that it was, unless the sentinels name another one by then.
@@ -348,9 +357,19 @@ async def _prefer_no_more(successor: Node, new: RedisClient) -> None:
         await new.keep_priority(successor.priority, STEP_SECONDS)
 
 
-async def make_epoch(sentinels: Sequence[SentinelClient]) -> None:
-    """Have one sentinel make the epoch in which the successor is named."""
+async def make_epoch(sentinels: Sequence[SentinelClient], former: Endpoint) -> None:
+    """Have one sentinel that names the former primary still make the epoch in which the successor is named.
+
+    One that names the successor by now would have it replaced.
+    """
     for one in sentinels:
+        try:
+            named = (await one.ask(STEP_SECONDS)).primary
+        except RespError as error:
+            log.warning("a sentinel is silent", sentinel=one.node, error=str(error))
+            continue
+        if named != former:
+            return
         try:
             await one.fail_over(STEP_SECONDS)
         except RespError as error:

@@ -83,7 +83,7 @@ async def test_a_sentinel_that_is_not_there_is_passed_over_for_the_next_one(clus
 
         cluster.send("sentinel-n1", signal.SIGKILL)
         await until(is_gone)
-        await make_epoch([gone, asked])
+        await make_epoch([gone, asked], cluster.endpoint("n1"))
         await until(names_another)
 
 

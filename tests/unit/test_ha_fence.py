@@ -273,6 +273,21 @@ def test_who_has_given_its_lease_has_none_in_that_epoch_for_as_long_as_the_heir_
     assert holder.held_until(16.3, 14.3, 3) == 16.3
 
 
+def test_a_lease_is_taken_back_from_an_heir_that_was_not_told_or_has_declined_and_from_no_other() -> None:
+    for told, declined in ((False, False), (True, False), (True, True)):
+        holder = Custody()
+        holder.held_until(12.0, 10.0, 3)
+        assert holder.give("n1", 10.2) > 0
+        if told:
+            holder.tell(10.2)
+        if declined:
+            holder.declined()
+        holder.take_back()
+        assert (holder.held_until(12.0, 10.3, 3) == 12.0) is (declined or not told)
+        assert holder.give("n2", 30.0) == 0.0
+        assert not holder.told, "what an earlier heir was told is over"
+
+
 def test_who_has_given_its_lease_has_another_one_when_it_is_elected_anew() -> None:
     holder = Custody()
     holder.held_until(12.0, 10.0, 3)

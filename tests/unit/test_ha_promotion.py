@@ -58,4 +58,3 @@ async def test_a_switchover_that_was_not_announced_is_declined(promotion: Promot
     assert (await promotion.succeed(FORMER.name, LEASE))["led"] is False
     await promotion.expect(THIRD.name, {})
     assert (await promotion.succeed(FORMER.name, LEASE))["led"] is False
-    assert (await promotion.succeed(THIRD.name, LEASE))["led"] is False, "an expectation is of one word"
