@@ -131,9 +131,8 @@ class Promotion:
         offer = self._offer(former, expected[1], body) if expected is not None and expected[0] == former else None
         if offer is None:
             return {"led": False, "why": "its srd does not expect that, or it comes too late"}
-        own = self._fleet.redises[self._node.name]
         try:
-            seen = await _made_primary(own)
+            seen = await self._fleet.redises[self._node.name].lead(STEP_SECONDS)
         except RespError as error:
             return {"led": False, "why": str(error)}
         promoted = boottime()
@@ -194,17 +193,6 @@ class Promotion:
 
     async def _gather(self) -> None:
         log.info("promoted", replicas=await self._fleet.have_follow(self._node, STEP_SECONDS))
-
-
-async def _made_primary(own: RedisClient) -> Redis:
-    """Make it one; return what it says of itself then. `RespError` where that is not known: it may be one later."""
-    try:
-        return await own.lead(STEP_SECONDS)
-    except RespError:
-        seen = await own.observe(STEP_SECONDS)  # the answer may be lost where the order was not
-        if seen.role is not Role.PRIMARY:
-            raise
-        return seen
 
 
 async def _promoted(own: RedisClient) -> float | None:

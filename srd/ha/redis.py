@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, UnexpectedReplyError, Wire, alive, checked, flag
+from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, RespError, UnexpectedReplyError, Wire, alive, checked, flag
 from srd.model import Endpoint, Role, Secrets
 from srd.reconcile import boottime
 from srd.state import Redis, ReplicaOf
@@ -72,8 +72,14 @@ class RedisClient:
         await self._do(_follow(primary), seconds=seconds)
 
     async def lead(self, seconds: float = ANSWER_SECONDS) -> Redis:
-        """Make it a primary; return what it says of itself then."""
-        return await self._observe_after([("REPLICAOF", "NO", "ONE")], seconds)
+        """Make it a primary; return what it says of itself then. `RespError`: nobody knows, it may be one later."""
+        try:
+            return await self._observe_after([("REPLICAOF", "NO", "ONE")], seconds)
+        except RespError:
+            seen = await self.observe(seconds)  # the answer may be lost where the order was not
+            if seen.role is not Role.PRIMARY:
+                raise
+            return seen
 
     async def pause_writes(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> tuple[Role, int]:
         """Have whoever writes wait, for so long at most; return its `position` from then on.

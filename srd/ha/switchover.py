@@ -42,12 +42,13 @@ from typing import Any, Final
 import structlog
 
 from srd.changes import ChangeKind
-from srd.cluster import LEASE_SECONDS, PREFERRED_PRIORITY, Node
+from srd.cluster import LEASE_SECONDS, Node
 from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.naming import have_named
+from srd.ha.preparation import attach, prefer, prefer_no_more
 from srd.ha.promotion import HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
 from srd.ha.redis import RedisClient
 from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
@@ -60,9 +61,6 @@ from srd.state import Situation
 log = structlog.get_logger(__name__)
 
 STEP_SECONDS: Final = 1.0
-# A sentinel sees a priority by its next INFO, once a second.
-PREFERENCE_SECONDS: Final = 3.0
-ATTACHING_SECONDS: Final = 2.0
 LOOK_SECONDS: Final = 0.05
 # Longer than all of it takes, shorter than `down_after`: a paused primary answers no sentinel's hello.
 PAUSE_MILLISECONDS: Final = 3000
@@ -142,8 +140,8 @@ class Switchover:
             old, new = self._fleet.redises[self._node.name], self._fleet.redises[successor.name]
             log.warning("switching over", source=self._node.name, to=successor.name)
             try:
-                sentinels = await self._prefer(successor, new)
-                await self._attach(successor, new)
+                sentinels = await prefer(self._fleet, self._node, successor)
+                await attach(self._fleet, self._situation(), successor)
                 own = endpoint_of(self._fleet.config, self._node)
                 loss = Loss(ChangeKind.SWITCHOVER, own, began, cause, by)
                 gap = await self._hand_over(successor, old, new, sentinels, loss)
@@ -152,43 +150,11 @@ class Switchover:
                 await self._reattach()
                 raise
             finally:
-                await _quietly(_prefer_no_more(successor, new))
+                await _quietly(prefer_no_more(self._fleet, successor))
                 self._look()
             done = Switched(successor.name, gap, boottime() - began, named)
             log.warning("switched over", to=successor.name, gap_ms=round(gap * 1000, 1), named=named)
             return done
-
-    async def _prefer(self, successor: Node, new: RedisClient) -> list[SentinelClient]:
-        """Prefer the successor; return the sentinels that know, this node's own first. Others would choose anybody."""
-        await new.keep_priority(PREFERRED_PRIORITY, STEP_SECONDS)
-        endpoint = endpoint_of(self._fleet.config, successor)
-        try:
-            async with asyncio.timeout(PREFERENCE_SECONDS):
-                while True:
-                    seen = await on_all(self._fleet.sentinels, lambda one: one.priorities(STEP_SECONDS))
-                    ready = [name for name, shown in seen.items() if shown.get(endpoint) == PREFERRED_PRIORITY]
-                    if len(ready) >= self._fleet.config.majority:
-                        ready.sort(key=lambda name: name != self._node.name)
-                        return [self._fleet.sentinels[name] for name in ready]
-                    await asyncio.sleep(LOOK_SECONDS)
-        except TimeoutError:
-            reason = f"the sentinels do not see its priority within {PREFERENCE_SECONDS:g} s; nothing was changed"
-            raise SrdError("switch over to", successor.name, reason) from None
-
-    async def _attach(self, successor: Node, new: RedisClient) -> None:
-        """Have replicas follow the successor that the primary can do without; return when they are in step, or soon."""
-        config = self._fleet.config
-        others = [name for name in self._fleet.redises if name not in (self._node.name, successor.name)]
-        redis = self._situation().view.redis
-        attached = {r.endpoint for r in redis.replicas if r.state == "online"} if redis is not None else set()
-        in_step = [name for name in others if endpoint_of(config, config.node(name)) in attached]
-        spared = in_step[: max(0, len(attached) - max(1, config.min_replicas_to_write))]
-        clients = {name: self._fleet.redises[name] for name in spared}
-        moved = await on_all(clients, lambda one: one.follow(endpoint_of(config, successor), STEP_SECONDS))
-        with contextlib.suppress(TimeoutError, RespError):
-            async with asyncio.timeout(ATTACHING_SECONDS):
-                while not await _online(new, len(moved)):  # noqa: ASYNC110 - redis announces no replica
-                    await asyncio.sleep(LOOK_SECONDS)
 
     async def _reattach(self) -> None:
         """Have every replica follow this node's redis again, if that is still the primary, and named."""
@@ -344,17 +310,7 @@ async def _promote(successor: Node, new: RedisClient) -> None:
     try:
         await new.lead(STEP_SECONDS)
     except RespError as error:
-        # The answer may be lost where the order was not.
-        with contextlib.suppress(RespError):
-            if await new.role(STEP_SECONDS) is Role.PRIMARY:
-                return
         raise SrdError("promote", successor.name, str(error)) from error
-
-
-async def _prefer_no_more(successor: Node, new: RedisClient) -> None:
-    """Take the preference back; a redis that was started again meanwhile says of itself what it should."""
-    if (await new.observe(STEP_SECONDS)).priority == PREFERRED_PRIORITY:
-        await new.keep_priority(successor.priority, STEP_SECONDS)
 
 
 async def make_epoch(sentinels: Sequence[SentinelClient], former: Endpoint) -> None:
@@ -398,11 +354,6 @@ async def _caught_up(successor: Node, paused: tuple[Role, int], new: RedisClient
     except TimeoutError:
         reason = f"it has not caught up within {CATCH_UP_SECONDS:g} s; everything is as it was"
         raise SrdError("switch over to", successor.name, reason) from None
-
-
-async def _online(redis: RedisClient, replicas: int) -> bool:
-    seen = await redis.observe(STEP_SECONDS)
-    return sum(replica.state == "online" for replica in seen.replicas) >= replicas
 
 
 async def _quietly(step: Coroutine[Any, Any, None]) -> None:
