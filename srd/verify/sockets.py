@@ -31,9 +31,7 @@ def packet_socket(program: bytes) -> socket.socket:
     try:
         attach(made, program)
         made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
-        with contextlib.suppress(BlockingIOError):
-            while True:  # what came before the filter was there
-                made.recv(1)
+        _empty(made)
         lost(made)
     except OSError as error:
         made.close()
@@ -53,11 +51,19 @@ def raw_socket(pair: Pair, protocol: int, program: bytes = b"") -> socket.socket
     try:
         if program:
             attach(made, program)
+            _empty(made)
         made.bind((str(pair[0]), 0))
     except OSError as error:
         made.close()
         raise _refused(error) from error
     return made
+
+
+def _empty(made: socket.socket) -> None:
+    """Throw away what came before the filter was there."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            made.recv(1)
 
 
 def icmp_socket(pair: Pair) -> socket.socket:

@@ -9,10 +9,12 @@ import subprocess
 from collections.abc import Iterator
 from ipaddress import ip_address
 
+import pytest
 from support.namespace import in_namespace
 
 from srd.desired import ICMPV6, TCP, UDP
-from srd.verify import probes
+from srd.verify import probes, sockets
+from srd.verify.filters import answer_filter
 from srd.verify.packets import ESP, Exemptions, Kind, Pair, syn
 from srd.verify.probes import Plaintext
 from srd.verify.sockets import sending_socket, way_to
@@ -146,3 +148,23 @@ async def test_who_lets_plaintext_in_is_found_out_and_who_does_not_too() -> None
         await process.wait()
     finally:
         ip("netns", "del", "there")
+
+
+@in_namespace
+async def test_what_came_before_the_filter_is_no_answer() -> None:
+    ip("link", "set", "lo", "up")
+    here = ip_address("127.0.0.1")
+    really = sockets.attach
+
+    def late(made: socket.socket, program: bytes) -> None:
+        with socket.create_server((str(here), 0)) as server:
+            socket.create_connection(server.getsockname()).close()
+        really(made, program)
+
+    nobody = answer_filter((here, here), 9, 9, headed=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sockets, "attach", late)
+        with sockets.raw_socket((here, here), TCP, nobody) as inside, sockets.packet_socket(nobody) as on_the_wire:
+            for opened in (inside, on_the_wire):
+                with pytest.raises(BlockingIOError):
+                    opened.recv(1)
