@@ -142,6 +142,7 @@ class Promotion:
         self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
         self._expected = None
         self._followers.set()
+        await asyncio.sleep(0)  # the balancer's checks are answered in this turn: before clients are sent here
         return {"led": True}
 
     async def gather(self) -> None:

@@ -67,6 +67,8 @@ PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
 # For a redis that hangs to be primary again; by then the sentinels have voted for another one.
 RETURN_SECONDS: Final = 10.0
+# Just then every client opens a new connection, and sentinels that take another primary in look at everything anew.
+CLIENTS_SECONDS: Final = 0.1
 # What of it is done to its end, whatever happens: a word to a srd that hangs, two demands on a redis that does, its
 # return when what it has given away has ended, and ten more steps.
 FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + LEASE_SECONDS + 12 * STEP_SECONDS
@@ -196,6 +198,7 @@ class Switchover:
             gap = boottime() - paused
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
+            await asyncio.sleep(CLIENTS_SECONDS)
             if not await have_named(self._fleet.config, self._fleet.sentinels, loss.primary, endpoint):
                 await make_epoch(sentinels, loss.primary)
             return gap
