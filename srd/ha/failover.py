@@ -79,7 +79,7 @@ ALIVE_SECONDS: Final = 1.5
 # It was well at the cut if it was heard so long before that ping: a second until its next word, one until the next ping
 # (SENTINEL_PING_PERIOD), and a sentinel's tick. With 1.5 s two losses of 24 in the lab took the two seconds more that
 # redis' own fence needs. Of one that dies the connection ends at once, so it is only one that hangs that this is about.
-HEARD_SECONDS: Final = 2.5
+LAST_WORD_SECONDS: Final = 2.5
 # Sentinels ping once a second: so far apart may the first pings be that one cut has left without a reply.
 ONE_CUT_SECONDS: Final = 1.5
 
@@ -119,7 +119,7 @@ def replaceable_at(s: Situation, primary: Node) -> float | None:
         return None  # srd there is alive and well, and knows better what its redis does
     channel = s.view.channels.get(primary.name)
     ended = channel is not None and not channel.connected  # that of a node which is cut off ends seconds later
-    alive = report is not None and report.received > since - HEARD_SECONDS and not ended
+    alive = report is not None and report.received > since - LAST_WORD_SECONDS and not ended
     return since + (REPLACE_SECONDS if alive else OWN_FENCE_SECONDS)
 
 

@@ -46,7 +46,7 @@ async def have_named(
     Once one was told, it is spread; whoever asked for a failover then would have the successor replaced.
     """
     answers = await on_all(sentinels, lambda one: one.ask(STEP_SECONDS))
-    if sum(answer.primary == successor for answer in answers.values()) >= config.majority:
+    if is_named(config, answers, successor):
         return True
     naming = {name: answer for name, answer in answers.items() if answer.primary == former and not answer.tilt}
     if reason := unfit(config, answers, former) or (len(naming) < _SPEAKERS and "one has nobody to hear it from"):
@@ -61,11 +61,16 @@ async def have_named(
         return False
     for _ in range(ATTEMPTS):
         told = await on_all(
-            asked, lambda one: one.take_in(_another(config, one.node, naming, epoch), successor, epoch, STEP_SECONDS)
+            asked, lambda one: one.hear(_another(config, one.node, naming, epoch), successor, epoch, STEP_SECONDS)
         )
         if len(told) >= config.majority:
             break
     return True
+
+
+def is_named(config: Config, answers: Mapping[str, SentinelAnswer], primary: Endpoint) -> bool:
+    """Whether a majority of the sentinels names this primary, by these answers, one per node."""
+    return sum(answer.primary == primary for answer in answers.values()) >= config.majority
 
 
 def _another(config: Config, node: str, naming: Mapping[str, SentinelAnswer], epoch: int) -> tuple[str, ...]:

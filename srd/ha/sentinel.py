@@ -60,13 +60,13 @@ NEVER_MILLISECONDS: Final = 10**12
 NOBODY: Final = "*"
 
 
-def _vote_question(primary: Endpoint) -> tuple[str, ...]:
-    """Return the question for whom it has last voted as the leader that replaces this primary.
+def _vote_question(primary: Endpoint, epoch: int = 0, leader: str = "srd") -> tuple[str, ...]:
+    """Return the request for a vote in an epoch, or the question for whom it has last voted to replace this primary.
 
-    It is the request for a vote itself, in epoch 0, in which nobody can vote: no epoch is raised and no vote is given
+    That is the request for a vote itself, in epoch 0, in which nobody can vote: no epoch is raised and no vote is given
     (sentinel.c, sentinelVoteLeader: both only for a greater epoch than it knows of), and the last vote is the reply.
     """
-    return ("SENTINEL", "IS-MASTER-DOWN-BY-ADDR", str(primary.address), str(primary.port), "0", "srd")
+    return ("SENTINEL", "IS-MASTER-DOWN-BY-ADDR", str(primary.address), str(primary.port), str(epoch), leader)
 
 
 def _set_back(master: Fields) -> float:
@@ -199,12 +199,11 @@ class SentinelClient:
 
         It votes once in an epoch, and not in one that is older than any it knows of (sentinel.c, sentinelVoteLeader).
         """
-        question = ("SENTINEL", "IS-MASTER-DOWN-BY-ADDR", str(primary.address), str(primary.port), str(epoch), leader)
-        (reply,) = await self._wire.ask(question, seconds=seconds)
+        (reply,) = await self._wire.ask(_vote_question(primary, epoch, leader), seconds=seconds)
         _, voted, voted_in = checked(self._wire.subject, reply, list)
         return (voted, voted_in) == (leader, epoch)
 
-    async def take_in(
+    async def hear(
         self, speaker: Sequence[str], primary: Endpoint, epoch: int, seconds: float = ANSWER_SECONDS
     ) -> None:
         """Tell it, as if from another sentinel, of the configuration of an epoch: who is primary by it.

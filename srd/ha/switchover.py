@@ -47,7 +47,7 @@ from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
-from srd.ha.naming import have_named
+from srd.ha.naming import have_named, is_named
 from srd.ha.preparation import attach, prefer, prefer_no_more
 from srd.ha.promotion import HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
 from srd.ha.redis import RedisClient
@@ -72,7 +72,7 @@ CLIENTS_SECONDS: Final = 0.1
 # What of it is done to its end, whatever happens: a word to a srd that hangs, two demands on a redis that does, its
 # return when what it has given away has ended, and ten more steps.
 FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + LEASE_SECONDS + 12 * STEP_SECONDS
-# The sentinel's own steps, 0.3 s, and the second until its INFO.
+# Of a SENTINEL FAILOVER, which is what takes long: the sentinel's own steps, 0.3 s, and the second until its INFO.
 NAMING_SECONDS: Final = 8.0
 # Not at once, nor often: just then every client opens a new connection.
 NAMING_LOOK_SECONDS: Final = 0.2
@@ -302,7 +302,7 @@ class Switchover:
                 while True:
                     await asyncio.sleep(NAMING_LOOK_SECONDS)
                     seen = await on_all(self._fleet.sentinels, lambda one: one.ask(STEP_SECONDS))
-                    if sum(1 for said in seen.values() if said.primary == endpoint) >= self._fleet.config.majority:
+                    if is_named(self._fleet.config, seen, endpoint):
                         return True
         log.error("the sentinels do not name the successor", successor=successor.name, seconds=NAMING_SECONDS)
         return False

@@ -176,7 +176,7 @@ class AgentServer:
         """Look after a connection from now on."""
         self._open.add(connection)
         if self._timer is None:
-            self._arm()
+            self._arm(self._situation())
 
     def closed(self, connection: _Connection) -> None:
         """Forget a connection, and with it what was known to whoever waited in it."""
@@ -192,7 +192,7 @@ class AgentServer:
             return
         now = boottime()
         connection.wait(question, self._recalled(connection.address, question, now), now + self._hold_seconds)
-        self._look_at(connection, self._truth(), now)
+        self._look_at(connection, self._truth(self._situation()), now)
 
     def _recalled(self, address: str, question: Question, now: float) -> Answer | None:
         """Return what this asker was told just now, and count on it only once."""
@@ -202,26 +202,25 @@ class AgentServer:
                 return told.answer
         return None
 
-    def _truth(self) -> Mapping[Question, Answer]:
+    def _truth(self, situation: Situation) -> Mapping[Question, Answer]:
         if self._known is not None and not self._known.is_set():
             return {}
-        situation = self._situation()
         return {question: answer(question, situation) for question in Question}
 
     def _review(self) -> None:
         self._woken = False
-        truth, now = self._truth(), boottime()
+        situation, now = self._situation(), boottime()
+        truth = self._truth(situation)
         for connection in tuple(self._open):
             self._look_at(connection, truth, now)
-        self._arm()
+        self._arm(situation)
 
-    def _arm(self) -> None:
+    def _arm(self, s: Situation) -> None:
         """Have it looked again when the lease ends, and before that soon; nobody waits: not at all."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._open:
-            s = self._situation()
             left = s.view.lease.expires - s.now if s.view.lease is not None else 0.0
             pause = min(left, TICK_SECONDS) if left > 0 else TICK_SECONDS
             self._timer = asyncio.get_running_loop().call_later(pause, self._review)
