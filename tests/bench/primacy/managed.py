@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from support.clusters import cluster_toml
+from support.patience import wait
 
-from bench.primacy.places import BALANCER, CLIENT, Place, wait
+from bench.primacy.places import BALANCER, CLIENT, Place
 from srd.trust.bundle import write_bundles
 from srd.web import health
 

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from support.lab import Lab
+from support.patience import wait
 
 from bench.primacy.managed import IN_MEMORY, Managed
-from bench.primacy.places import wait
 from srd.web import health
 
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -20,7 +20,6 @@ from support.namespace import CLONE_NEWNET, call, run, unshare
 
 TESTS: Final = Path(__file__).parents[2]
 BALANCER, CLIENT = "lb", "client"
-PATIENCE_SECONDS: Final = 120.0
 LAST_WORDS: Final = 4000  # characters of a log
 END_SECONDS: Final = 30.0  # redis waits for its replicas, then it saves
 
@@ -218,11 +217,3 @@ class Writing:
         line = self._process.stdout.readline()
         assert line, "the writer has ended"
         return line.strip()
-
-
-def wait(what: Callable[[], str], seconds: float = PATIENCE_SECONDS, between: float = 0.2) -> None:
-    """Wait until there is nothing to say that is not as it should be; fail with it otherwise."""
-    deadline = time.monotonic() + seconds
-    while reason := what():
-        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {reason}"
-        time.sleep(between)

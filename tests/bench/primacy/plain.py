@@ -14,9 +14,10 @@ import subprocess
 import time
 from typing import Final
 
+from support.patience import wait
 from support.sentinels import PROGRAM
 
-from bench.primacy.places import BALANCER, CLIENT, Place, wait
+from bench.primacy.places import BALANCER, CLIENT, Place
 
 PASSWORD: Final = "password"
 REDIS_CONF: Final = """
