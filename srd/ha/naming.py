@@ -18,7 +18,7 @@ last (sentinelResetMaster).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import structlog
@@ -26,6 +26,7 @@ import structlog
 from srd.cluster import Config
 from srd.ha.failover import unfit
 from srd.ha.fleet import on_all
+from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
 from srd.model import Endpoint
 from srd.state import SentinelAnswer
@@ -33,6 +34,8 @@ from srd.state import SentinelAnswer
 log = structlog.get_logger(__name__)
 
 STEP_SECONDS: Final = 0.5
+# The next sentinel is told only what this one has refused, so this one is given longer.
+FAILOVER_STEP_SECONDS: Final = 1.0
 # One that does not answer may have taken it in; it does no harm twice.
 ATTEMPTS: Final = 3
 _SPEAKERS: Final = 2
@@ -66,6 +69,30 @@ async def have_named(
         if len(told) >= config.majority:
             break
     return True
+
+
+async def make_epoch(sentinels: Sequence[SentinelClient], former: Endpoint) -> None:
+    """Have one sentinel that names the former primary still make the epoch in which the successor is named.
+
+    One that names the successor by now would have it replaced.
+    """
+    for one in sentinels:
+        try:
+            named = (await one.ask(FAILOVER_STEP_SECONDS)).primary
+        except RespError as error:
+            log.warning("a sentinel is silent", sentinel=one.node, error=str(error))
+            continue
+        if named != former:
+            return
+        try:
+            await one.fail_over(FAILOVER_STEP_SECONDS)
+        except RespError as error:
+            log.warning("a sentinel refuses", sentinel=one.node, error=str(error))
+            # One that did not answer may have begun, and one that says so has: two that do it make one epoch twice.
+            if not isinstance(error, (UnexpectedReplyError, NobodyThereError)) or "INPROG" in str(error):
+                return
+        else:
+            return
 
 
 def is_named(config: Config, answers: Mapping[str, SentinelAnswer], primary: Endpoint) -> bool:

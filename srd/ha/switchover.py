@@ -47,14 +47,14 @@ from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet, on_all
 from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
-from srd.ha.naming import have_named, is_named
+from srd.ha.naming import have_named, is_named, make_epoch
 from srd.ha.preparation import attach, prefer, prefer_no_more
-from srd.ha.promotion import HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
+from srd.ha.promotion import CLIENTS_SECONDS, HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
 from srd.ha.redis import RedisClient
-from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
+from srd.ha.resp import RespError
 from srd.ha.sentinel import SentinelClient
 from srd.ha.successor import choose, obstacles
-from srd.model import AskPeer, Endpoint, RefusedError, Role, SrdError
+from srd.model import AskPeer, RefusedError, Role, SrdError
 from srd.reconcile import boottime, to_its_end
 from srd.state import Situation
 
@@ -65,10 +65,10 @@ LOOK_SECONDS: Final = 0.05
 # Longer than all of it takes, shorter than `down_after`: a paused primary answers no sentinel's hello.
 PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
+# What the questions just before have set off is done by then: 5 to 20 ms that writes need not wait for (one slow CPU).
+CALM_SECONDS: Final = 0.05
 # For a redis that hangs to be primary again; by then the sentinels have voted for another one.
 RETURN_SECONDS: Final = 10.0
-# Just then every client opens a new connection, and sentinels that take another primary in look at everything anew.
-CLIENTS_SECONDS: Final = 0.1
 # What of it is done to its end, whatever happens: a word to a srd that hangs, two demands on a redis that does, its
 # return when what it has given away has ended, and ten more steps.
 FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + LEASE_SECONDS + 12 * STEP_SECONDS
@@ -139,14 +139,13 @@ class Switchover:
         async with self._busy:
             began = boottime()
             successor = self.choose(wanted)
-            old, new = self._fleet.redises[self._node.name], self._fleet.redises[successor.name]
             log.warning("switching over", source=self._node.name, to=successor.name)
             try:
                 sentinels = await prefer(self._fleet, self._node, successor)
-                await attach(self._fleet, self._situation(), successor)
+                followers = await attach(self._fleet, self._situation(), successor)
                 own = endpoint_of(self._fleet.config, self._node)
                 loss = Loss(ChangeKind.SWITCHOVER, own, began, cause, by)
-                gap = await self._hand_over(successor, old, new, sentinels, loss)
+                gap = await self._hand_over(successor, sentinels, loss, followers)
                 named = await self._is_named(successor)
             except (SrdError, asyncio.CancelledError):
                 await self._reattach()
@@ -168,14 +167,16 @@ class Switchover:
                 await self._fleet.have_follow(self._node, STEP_SECONDS)
 
     async def _hand_over(
-        self, successor: Node, old: RedisClient, new: RedisClient, sentinels: Sequence[SentinelClient], loss: Loss
+        self, successor: Node, sentinels: Sequence[SentinelClient], loss: Loss, followers: int
     ) -> float:
         """Carry steps 2 to 7 out; return for how many seconds no write was taken."""
         await self._refreshed()
         if found := obstacles(self._situation(), successor):  # seconds have passed since that was asked
             raise RefusedError("switch over to", successor.name, "; ".join(found))
         endpoint = endpoint_of(self._fleet.config, successor)
-        expected = await self._announce(successor)
+        old, new = self._fleet.redises[self._node.name], self._fleet.redises[successor.name]
+        expected = await self._announce(successor, followers)
+        await asyncio.sleep(CALM_SECONDS)
         paused = boottime()
         try:
             await _caught_up(successor, await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS), new)
@@ -213,10 +214,10 @@ class Switchover:
         self._judge()
         await old.follow(endpoint_of(self._fleet.config, successor), STEP_SECONDS)
 
-    async def _announce(self, successor: Node) -> float | None:
-        """Have the successor's srd get ready; return when it was, None where that is not known."""
+    async def _announce(self, successor: Node, followers: int) -> float | None:
+        """Have the successor's srd get ready, whose redis has followers; return when it was, None if nobody knows."""
         try:
-            await self._ask_peer(successor.name, HEIR_TOPIC, {}, STEP_SECONDS)
+            await self._ask_peer(successor.name, HEIR_TOPIC, {"followers": followers}, STEP_SECONDS)
         except SrdError as error:
             log.info("the successor's srd does not get ready; it leads when the sentinels name it", error=str(error))
             return None
@@ -314,30 +315,6 @@ async def _promote(successor: Node, new: RedisClient) -> None:
         await new.lead(STEP_SECONDS)
     except RespError as error:
         raise SrdError("promote", successor.name, str(error)) from error
-
-
-async def make_epoch(sentinels: Sequence[SentinelClient], former: Endpoint) -> None:
-    """Have one sentinel that names the former primary still make the epoch in which the successor is named.
-
-    One that names the successor by now would have it replaced.
-    """
-    for one in sentinels:
-        try:
-            named = (await one.ask(STEP_SECONDS)).primary
-        except RespError as error:
-            log.warning("a sentinel is silent", sentinel=one.node, error=str(error))
-            continue
-        if named != former:
-            return
-        try:
-            await one.fail_over(STEP_SECONDS)
-        except RespError as error:
-            log.warning("a sentinel refuses", sentinel=one.node, error=str(error))
-            # One that did not answer may have begun, and one that says so has: two that do it make one epoch twice.
-            if not isinstance(error, (UnexpectedReplyError, NobodyThereError)) or "INPROG" in str(error):
-                return
-        else:
-            return
 
 
 async def _caught_up(successor: Node, paused: tuple[Role, int], new: RedisClient) -> None:

@@ -17,6 +17,7 @@ from srd.config import parse_config
 from srd.ha.chronicle import Chronicle
 from srd.ha.fleet import Fleet
 from srd.ha.losses import Losses
+from srd.ha.naming import make_epoch
 from srd.ha.observe import Observer
 from srd.ha.resp import (
     Credentials,
@@ -29,7 +30,6 @@ from srd.ha.resp import (
 )
 from srd.ha.sentinel import PACE, SUBSCRIBED, SentinelClient
 from srd.ha.strays import DOWN_AFTER_SECONDS
-from srd.ha.switchover import make_epoch
 from srd.model import Body, Endpoint, Role, SrdError
 from srd.reconcile import boottime
 from srd.state import Store, View

@@ -12,8 +12,7 @@ import pytest
 from support.sentinels import SECRETS, Cluster, raw, redis_client, sentinel_client, until, whole
 
 from srd.ha.fleet import Fleet
-from srd.ha.naming import have_named
-from srd.ha.switchover import make_epoch
+from srd.ha.naming import have_named, make_epoch
 from srd.reconcile import boottime
 from srd.state import SentinelAnswer
 
