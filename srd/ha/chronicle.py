@@ -45,7 +45,7 @@ BLIND_SECONDS: Final = 5.0
 ACCESSION_SECONDS: Final = 10.0
 # A new primary has its replicas within milliseconds, or they need all of its data first.
 SETTLING_SECONDS: Final = 10.0
-LOOK_SECONDS: Final = 0.05
+LOOK_SECONDS: Final = 0.02
 STEP_SECONDS: Final = 0.5
 # The entries that others are told: more than there can be while a node is away for a night.
 TOLD: Final = 20

@@ -47,8 +47,8 @@ async def prefer_no_more(fleet: Fleet, successor: Node) -> None:
         await redis.keep_priority(successor.priority, STEP_SECONDS)
 
 
-async def attach(fleet: Fleet, s: Situation, successor: Node) -> int:
-    """Have replicas follow the successor that the primary can do without; return how many are in step with it, or soon.
+async def attach(fleet: Fleet, s: Situation, successor: Node) -> None:
+    """Have replicas follow the successor that the primary can do without; return when they are in step, or soon.
 
     The primary is that of the situation's own node.
     """
@@ -62,12 +62,10 @@ async def attach(fleet: Fleet, s: Situation, successor: Node) -> int:
     new = fleet.redises[successor.name]
     with contextlib.suppress(TimeoutError, RespError):
         async with asyncio.timeout(ATTACHING_SECONDS):
-            while await _online(new) < len(moved):  # noqa: ASYNC110 - redis announces no replica
+            while not await _online(new, len(moved)):  # noqa: ASYNC110 - redis announces no replica
                 await asyncio.sleep(LOOK_SECONDS)
-            return len(moved)
-    return 0
 
 
-async def _online(redis: RedisClient) -> int:
+async def _online(redis: RedisClient, replicas: int) -> bool:
     seen = await redis.observe(STEP_SECONDS)
-    return sum(replica.state == "online" for replica in seen.replicas)
+    return sum(replica.state == "online" for replica in seen.replicas) >= replicas

@@ -49,8 +49,6 @@ STEP_SECONDS: Final = 0.5
 CLAIM_SECONDS: Final = 1.0
 # For its predecessor to have this node named, which takes some milliseconds; its lease lasts longer.
 NAMED_SECONDS: Final = 0.7
-# Just then every client opens a new connection: what can wait waits.
-CLIENTS_SECONDS: Final = 0.1
 # Until the answer of a successor: its redis is told, and asked once more if that was not heard.
 SUCCEED_SECONDS: Final = 2 * STEP_SECONDS + 0.5
 
@@ -83,8 +81,7 @@ class Promotion:
         self._observed = observed
         self._judge = judge
         self._selected = asyncio.Event()
-        self._succeeded = asyncio.Event()
-        self._followed = False  # by replicas, since before it succeeded
+        self._followers = asyncio.Event()
         self._former: Endpoint | None = None
         self._expected: tuple[str, float] | None = None  # who is about to switch over to this node, known since when
 
@@ -118,13 +115,8 @@ class Promotion:
             self._take(await self._ask_for_lease(), promoted)  # once more: that srd takes note of when this one leads
             self._judge()
 
-    async def expect(self, former: str, body: Body) -> Body:
-        """Be ready for a primary that is about to switch over to this node: what it gives then is counted from now.
-
-        `body` may say how many `followers` this node's redis has.
-        """
-        followers = body.get("followers")
-        self._followed = isinstance(followers, int) and followers > 0
+    async def expect(self, former: str, _: Body) -> Body:
+        """Be ready for a primary that is about to switch over to this node: what it gives then is counted from now."""
         await self._fleet.reach(STEP_SECONDS)
         self._expected = former, boottime()
         return {}
@@ -149,17 +141,15 @@ class Promotion:
         self._observed(dataclasses.replace(seen, answered=promoted))
         self._former = endpoint_of(self._fleet.config, self._fleet.config.node(former))
         self._expected = None
-        self._succeeded.set()
+        self._followers.set()
         await asyncio.sleep(0)  # the balancer's checks are answered in this turn: before clients are sent here
         return {"led": True}
 
     async def gather(self) -> None:
         """Have the replicas follow whenever this node has succeeded, and the sentinels name it; until cancelled."""
         while True:
-            await self._succeeded.wait()
-            self._succeeded.clear()
-            if self._followed:  # they come back by themselves, at once (replication.c, redis 6.2)
-                await asyncio.sleep(CLIENTS_SECONDS)
+            await self._followers.wait()
+            self._followers.clear()
             await contained("promotion", self._gather)
             await contained("promotion", self._see_to_its_name)
 

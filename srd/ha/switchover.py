@@ -49,7 +49,7 @@ from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.naming import have_named, is_named, make_epoch
 from srd.ha.preparation import attach, prefer, prefer_no_more
-from srd.ha.promotion import CLIENTS_SECONDS, HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
+from srd.ha.promotion import HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SentinelClient
@@ -65,10 +65,10 @@ LOOK_SECONDS: Final = 0.05
 # Longer than all of it takes, shorter than `down_after`: a paused primary answers no sentinel's hello.
 PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
-# What the questions just before have set off is done by then: 5 to 20 ms that writes need not wait for (one slow CPU).
-CALM_SECONDS: Final = 0.05
 # For a redis that hangs to be primary again; by then the sentinels have voted for another one.
 RETURN_SECONDS: Final = 10.0
+# Just then every client opens a new connection, and sentinels that take another primary in look at everything anew.
+CLIENTS_SECONDS: Final = 0.1
 # What of it is done to its end, whatever happens: a word to a srd that hangs, two demands on a redis that does, its
 # return when what it has given away has ended, and ten more steps.
 FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + LEASE_SECONDS + 12 * STEP_SECONDS
@@ -139,13 +139,14 @@ class Switchover:
         async with self._busy:
             began = boottime()
             successor = self.choose(wanted)
+            old, new = self._fleet.redises[self._node.name], self._fleet.redises[successor.name]
             log.warning("switching over", source=self._node.name, to=successor.name)
             try:
                 sentinels = await prefer(self._fleet, self._node, successor)
-                followers = await attach(self._fleet, self._situation(), successor)
+                await attach(self._fleet, self._situation(), successor)
                 own = endpoint_of(self._fleet.config, self._node)
                 loss = Loss(ChangeKind.SWITCHOVER, own, began, cause, by)
-                gap = await self._hand_over(successor, sentinels, loss, followers)
+                gap = await self._hand_over(successor, old, new, sentinels, loss)
                 named = await self._is_named(successor)
             except (SrdError, asyncio.CancelledError):
                 await self._reattach()
@@ -167,16 +168,14 @@ class Switchover:
                 await self._fleet.have_follow(self._node, STEP_SECONDS)
 
     async def _hand_over(
-        self, successor: Node, sentinels: Sequence[SentinelClient], loss: Loss, followers: int
+        self, successor: Node, old: RedisClient, new: RedisClient, sentinels: Sequence[SentinelClient], loss: Loss
     ) -> float:
         """Carry steps 2 to 7 out; return for how many seconds no write was taken."""
         await self._refreshed()
         if found := obstacles(self._situation(), successor):  # seconds have passed since that was asked
             raise RefusedError("switch over to", successor.name, "; ".join(found))
         endpoint = endpoint_of(self._fleet.config, successor)
-        old, new = self._fleet.redises[self._node.name], self._fleet.redises[successor.name]
-        expected = await self._announce(successor, followers)
-        await asyncio.sleep(CALM_SECONDS)
+        expected = await self._announce(successor)
         paused = boottime()
         try:
             await _caught_up(successor, await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS), new)
@@ -214,10 +213,10 @@ class Switchover:
         self._judge()
         await old.follow(endpoint_of(self._fleet.config, successor), STEP_SECONDS)
 
-    async def _announce(self, successor: Node, followers: int) -> float | None:
-        """Have the successor's srd get ready, whose redis has followers; return when it was, None if nobody knows."""
+    async def _announce(self, successor: Node) -> float | None:
+        """Have the successor's srd get ready; return when it was, None where that is not known."""
         try:
-            await self._ask_peer(successor.name, HEIR_TOPIC, {"followers": followers}, STEP_SECONDS)
+            await self._ask_peer(successor.name, HEIR_TOPIC, {}, STEP_SECONDS)
         except SrdError as error:
             log.info("the successor's srd does not get ready; it leads when the sentinels name it", error=str(error))
             return None

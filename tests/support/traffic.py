@@ -27,7 +27,7 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 # measured is the link and not how TCP gets over its losses.
 SEND_BUFFER: Final = 1 << 20
 CHUNK: Final = bytes(256 << 10)
-# A system call costs 64 us in the lab: the receiver of a stream is woken when it is worth it, not for each packet.
+# System calls are dear in the lab: the receiver of a stream is woken when it is worth it, not for each packet.
 WORTH_WAKING: Final = 64 << 10
 # Fields of struct tcp_info (linux/tcp.h): format and offset.
 PATH_MTU: Final = ("I", 60)
