@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from support.lab import Lab, bring_up, capturing
-from support.machines import Machines
+from support.machines import cluster
 
 # Tests that need the lab before the cluster, and those that judge all the others.
 FIRST, LAST = "before_the_cluster", "after_everything"
@@ -31,4 +30,4 @@ def wire() -> Path:
 def lab(wire: Path) -> Lab:  # noqa: ARG001 - the capture begins before the cluster
     """The cluster, up and whole."""
     bring_up()
-    return Machines() if int(os.environ["LAB_KERNELS"]) else Lab()
+    return cluster()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,6 +58,11 @@ class Machines(Lab):
         """Return what srd logged, as far as it is srd's own words."""
         said = self.on(node, "journalctl", "--output", "cat", "--unit", "srd", *arguments).stdout
         return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+
+
+def cluster() -> Lab:
+    """Return the cluster of this lab: nodes that are networks of one kernel, or machines."""
+    return Machines() if int(os.environ["LAB_KERNELS"]) else Lab()
 
 
 @dataclass

@@ -34,9 +34,10 @@ def plain(tmp_path: Path) -> Iterator[Callable[..., tuple[InLab, Plain]]]:
 @pytest.fixture(scope="module")
 def srd(tmp_path_factory: pytest.TempPathFactory) -> tuple[InLab, Arrangement]:
     """The lab's own cluster; it runs until the lab ends."""
-    from support.lab import Lab, bring_up  # noqa: PLC0415
+    from support.lab import bring_up  # noqa: PLC0415
+    from support.machines import cluster  # noqa: PLC0415
 
     from bench.primacy.managed_in_lab import ManagedInLab  # noqa: PLC0415 - these can be imported in the lab only
 
     bring_up()
-    return InLab(tmp_path_factory.mktemp("srd"), NODES), ManagedInLab(Lab())
+    return InLab(tmp_path_factory.mktemp("srd"), NODES), ManagedInLab(cluster())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -37,7 +36,7 @@ class ManagedInLab(Managed):
     def kill(self, node: str) -> float:
         pid = self.lab.children(node)["redis"]["pid"]
         moment = time.monotonic()
-        subprocess.run(["kill", "-KILL", str(pid)], check=True)
+        self.lab.on(node, "kill", "-KILL", str(pid))
         return moment
 
     def switch_over(self) -> None:

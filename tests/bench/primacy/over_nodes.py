@@ -1,4 +1,4 @@
-"""What is done to the primary of three nodes: run in the lab by tests/bench/primacy/suite.
+"""What is done to the primary of three nodes: run in the lab by tests/bench/primacy/suite; with KERNELS=3 on machines.
 
 LAB_BENCH_FAILOVERS, LAB_BENCH_SILENCES and LAB_BENCH_SWITCHOVERS are how often; `make bench` has 20, 10 and 20.
 """
@@ -19,11 +19,12 @@ FAILOVERS = int(os.environ.get("LAB_BENCH_FAILOVERS", "3"))
 SILENCES = int(os.environ.get("LAB_BENCH_SILENCES", "2"))
 SWITCHOVERS = int(os.environ.get("LAB_BENCH_SWITCHOVERS", "3"))
 SETTLED_SECONDS = 2.0
+WHERE = "lab, a kernel for each node" if int(os.environ.get("LAB_KERNELS", "0")) else "lab"
 IN_MEMORY = 'save ""\nappendonly no\n'
 
 
 def note(row: str, cluster: Arrangement, text: str) -> None:
-    keep(Figure(row, "lab", cluster.name, text))
+    keep(Figure(row, WHERE, cluster.name, text))
 
 
 def note_moves(cluster: Arrangement, moved: list[Moved]) -> None:
