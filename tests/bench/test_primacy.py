@@ -55,3 +55,4 @@ def test_the_primary_is_moved(there: tuple[Place, Arrangement]) -> None:
     lost, all_of = sum(each.lost for each in moved), sum(each.acknowledged for each in moved)
     keep(Figure("move", "loopback", cluster.name, f"{seconds([m.gap for m in moved])}; {lost} of {all_of} lost"))
     assert cluster.name != "srd" or lost == 0
+    assert cluster.name != "srd" or median(m.gap for m in moved) <= 0.05

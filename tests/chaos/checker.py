@@ -41,7 +41,17 @@ HANDOVER_SECONDS: Final = 0.1
 BEFORE_SECONDS: Final = 1.0
 START: Final = "the start"
 # Of what a verdict lists by name, the figures have the number and the first few.
-LISTED: Final = ("lost", "lost_confirmed", "phantoms", "foreign", "duplicates", "out_of_order", "vanished", "came_back")
+LISTED: Final = (
+    "lost",
+    "lost_confirmed",
+    "phantoms",
+    "foreign",
+    "duplicates",
+    "out_of_order",
+    "vanished",
+    "came_back",
+    "skipped",
+)
 SHOWN: Final = 5
 
 
@@ -100,6 +110,7 @@ class Verdict:
     vanished: tuple[str, ...]
     came_back: tuple[str, ...]
     unjudged: tuple[str, ...]
+    skipped: tuple[str, ...]  # faults that were planned and could not be done just then, and why
     without_writes: tuple[Span, ...]
     without_primary: tuple[Span, ...]
     two_primaries: tuple[Doubt, ...]
@@ -158,6 +169,7 @@ def judge(history: History) -> Verdict:
         unjudged=tuple(judged.key for judged in lists if not judged.has_end),
         without_writes=_without_writes(acknowledged, calendar),
         without_primary=_without_primary(history.answers, calendar),
+        skipped=tuple(f"{describe(fault)}: {fault.skipped}" for fault in history.faults if fault.skipped),
         two_primaries=_two_primaries(history.answers, calendar),
         precision_seconds=round(max((run.spacing for run in history.answers if run.status == YES), default=0.0), 3),
     )

@@ -75,8 +75,10 @@ def test_what_is_lost_is_put_down_to_the_fault_that_it_came_with() -> None:
 
 def test_a_fault_that_was_skipped_is_blamed_for_nothing() -> None:
     skipped = msgspec.structs.replace(fault(2, 2), skipped="no primary")
-    (window,) = judged(fault(1, 1), skipped, append(1, 3), read("", 9)).windows
+    verdict = judged(fault(1, 1), skipped, append(1, 3), read("", 9))
+    (window,) = verdict.windows
     assert window.fault == "1 kill redis redis-1"
+    assert verdict.skipped == ("2 kill redis redis-1: no primary",)
 
 
 @pytest.mark.parametrize("values", ["1", "1 2"])

@@ -65,6 +65,7 @@ def test_srd_at_a_switchover(srd: tuple[InLab, ManagedInLab]) -> None:
     moved = [move(place, cluster, number, SETTLED_SECONDS) for number in range(SWITCHOVERS)]
     note_moves(cluster, moved)
     assert sum(each.lost for each in moved) == 0
+    assert median(each.gap for each in moved) <= 0.05
 
 
 def test_srd_without_persistence(srd: tuple[InLab, ManagedInLab]) -> None:
