@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import time
+from functools import partial
 
 import pytest
 from support.primacies import NAMES, Srd, leader, running, settled, told, watched, writes, writing
@@ -40,6 +41,54 @@ async def test_a_primary_whose_redis_dies_is_replaced_by_a_vote_within_a_second(
         await settled(cluster, cluster.endpoint(successor.name))
         assert successor.leads()
         assert led < 2.0
+
+
+async def test_the_other_replica_follows_within_a_second_of_the_promotion(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        cluster.kill("redis-n1")
+        srds["n1"].redis_died()
+        successor = await leader(srds, ("n2", "n3"))
+        led = time.monotonic()
+        (other,) = {"n2", "n3"} - {successor.name}
+        async with redis_client(cluster, other) as replica:
+
+            async def follows() -> bool:
+                seen = await replica.observe()
+                return seen.primary == cluster.endpoint(successor.name) and seen.link_up
+
+            await until(follows)
+        show(follows=time.monotonic() - led)
+        assert time.monotonic() - led < 1.0
+
+
+async def test_what_a_failover_has_set_for_a_moment_does_not_stay_where_its_srd_dies_meanwhile(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    configured = cluster.config.sentinel.down_after
+
+    async def hasty(name: str) -> bool:
+        async with sentinel_client(cluster, name) as asked:
+            return (await asked.ask()).down_after < configured
+
+    async with watched(srds, "n2", "n3"):
+        async with running(srds["n1"]):
+            await srds["n1"].until(lambda _: srds["n1"].leads())
+            cluster.kill("redis-n1")
+            srds["n1"].redis_died()
+            await until(partial(hasty, "n1"))
+            sentinels = srds["n1"].primacy._fleet.sentinels
+            dead = [*sentinels.values()]
+            sentinels.clear()  # as kill -9 does: it takes nothing back
+        for client in dead:
+            await client.close()
+        successor = await leader(srds, ("n2", "n3"), 30)
+        await settled(cluster, cluster.endpoint(successor.name), among=("n2", "n3"))
+        assert await hasty("n1"), "nobody but its own srd sets that back"
+        again = Srd(cluster, "n1", srds)
+        async with running(again):
+            await settled(cluster, cluster.endpoint(successor.name), among=("n1",))
 
 
 async def test_a_primary_that_was_replaced_and_leads_again_is_replaced_as_fast(
