@@ -79,6 +79,8 @@ def _status(document: Document) -> None:
         ("running", f"srd {document['version']} for {duration(document['uptime_seconds'])}"),
     ):
         click.echo(f"  {name:<10} {text}")
+    if kept := document.get("kept_data"):  # an older daemon does not say it
+        click.echo(f"  {'kept':<10} {kept}")
     for item in document["conditions"]:
         click.echo(f"  {word(item['severity']):<10} {item['code']} {item['subject']}: {item['text']}")
 

@@ -41,6 +41,7 @@ def status(situation: Situation, version: str) -> Document:
         if redis is None
         else {"version": redis.version, "keys": redis.dbsize, "offset": redis.offset, "loading": redis.loading},
         "children": _children(s),
+        "kept_data": s.view.kept,
         "conditions": [_condition(item) for item in conditions(s)],
     }
 

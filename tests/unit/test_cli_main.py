@@ -78,6 +78,12 @@ async def test_status_of_a_healthy_primary(serve: Serve, tmp_path: Path) -> None
     )
 
 
+async def test_status_says_where_the_data_of_before_another_primary_is_kept(serve: Serve, tmp_path: Path) -> None:
+    kept = "/var/lib/srd/redis/kept/20261129T210000Z"
+    _, out, _ = await ask(serve, primary_situation(kept=kept), tmp_path, "status")
+    assert f"  kept       {kept}\n" in out
+
+
 @pytest.mark.parametrize(
     ("situation", "code", "word"),
     [
