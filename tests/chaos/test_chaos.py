@@ -16,7 +16,8 @@ from chaos.walk import keep, walk_through
 from chaos.world import World
 
 SEED = int(os.environ.get("LAB_CHAOS_SEED") or 1)
-FAULTS = int(os.environ.get("LAB_CHAOS_FAULTS") or 8)
+# The deck deals each kind once in so many (chaos/plan.py).
+FAULTS = int(os.environ.get("LAB_CHAOS_FAULTS") or len(KINDS))
 NODES = int(os.environ["LAB_NODES"])
 MACHINES = bool(int(os.environ["LAB_KERNELS"]))
 # A fault, and what follows it, where a cluster is slow to recover.
