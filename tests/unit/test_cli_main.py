@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from support.commandline import environment, srd
 from support.situations import WALL, arbiter_situation, at, link, primary_situation, replica_situation
 
 from srd.changes import ChangeKind, RoleChange
@@ -26,26 +27,6 @@ from srd.state import Situation, View
 ROOT = Path(__file__).parents[2]
 # What `srd status` must do without: each costs tens of milliseconds on a fast machine, a second in a slow one.
 HEAVY = ("aiohttp", "redis", "pyroute2", "cryptography", "OpenSSL", "rich", "jinja2", "msgspec", "structlog", "asyncio")
-
-
-def environment(directory: Path, **more: str) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "SRD_RUN_DIR": str(directory), "SRD_LOG_DIR": str(directory), **more}
-
-
-async def srd(directory: Path, *arguments: str, **more: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "srd",
-        *arguments,
-        env=environment(directory, **more),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import os
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commandline import PATIENCE_SECONDS, srd, start
 from support.situations import primary_situation
 
 from srd.control.server import ControlServer
@@ -31,20 +30,6 @@ class Daemon:
         self.asked.append((words.get("dry_run") == "1", time.time()))
         return MOVED
 
-    async def start(self, *options: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "srd", "switchover", *options),
-            env={"PATH": os.environ["PATH"], "SRD_RUN_DIR": str(self.directory), "SRD_LOG_DIR": str(self.directory)},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-
-    async def switchover(self, *options: str) -> tuple[int, str]:
-        process = await self.start(*options)
-        said, _ = await asyncio.wait_for(process.communicate(), 60)
-        assert process.returncode is not None
-        return process.returncode, said.decode()
-
 
 @pytest.fixture
 async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
@@ -59,7 +44,7 @@ async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
 
 
 async def test_the_gap_is_told_after_it_was_asked_whether_anything_speaks_against_it(daemon: Daemon) -> None:
-    code, said = await daemon.switchover()
+    code, said, _ = await srd(daemon.directory, "switchover")
     assert (code, [dry for dry, _ in daemon.asked]) == (0, [True, False])
     assert said == (
         "nothing speaks against it: the primary moves from redis-1 to redis-2\n"
@@ -69,7 +54,7 @@ async def test_the_gap_is_told_after_it_was_asked_whether_anything_speaks_agains
 
 async def test_a_moment_is_waited_for_and_what_speaks_against_it_is_asked_before_and_then(daemon: Daemon) -> None:
     moment = dt.datetime.now().astimezone().replace(microsecond=0) + dt.timedelta(seconds=4)
-    code, said = await daemon.switchover("--at", f"{moment:%Y-%m-%dT%H:%M:%S}")
+    code, said, _ = await srd(daemon.directory, "switchover", "--at", f"{moment:%Y-%m-%dT%H:%M:%S}")
     assert code == 0
     assert f"waiting until {moment:%Y-%m-%d %H:%M:%S}" in said
     assert [(dry, when >= moment.timestamp()) for dry, when in daemon.asked] == [
@@ -90,17 +75,17 @@ async def test_a_moment_is_waited_for_and_what_speaks_against_it_is_asked_before
 async def test_a_moment_that_cannot_be_waited_for_is_refused_and_nothing_is_asked(
     daemon: Daemon, moment: str, why: str
 ) -> None:
-    code, said = await daemon.switchover("--at", moment)
+    code, _, said = await srd(daemon.directory, "switchover", "--at", moment)
     assert (code, daemon.asked) == (2, [])
     assert why in " ".join(said.split())
 
 
 async def test_a_time_of_day_that_has_passed_is_tomorrows(daemon: Daemon) -> None:
     passed = dt.datetime.now().astimezone() - dt.timedelta(minutes=2)
-    process = await daemon.start("--at", f"{passed:%H:%M}")
+    process = await start(daemon.directory, "switchover", "--at", f"{passed:%H:%M}")
     assert process.stdout is not None
     try:
-        said = await asyncio.wait_for(process.stdout.readline(), 60)
+        said = await asyncio.wait_for(process.stdout.readline(), PATIENCE_SECONDS)
     finally:
         process.kill()
         await process.communicate()
