@@ -137,6 +137,7 @@ def part(
             for number in confirmations
         ]
         before = [writer.tried() for writer in writers]
+        began = time.monotonic()
         with place.partitioned((primary, *companions, BALANCER, CLIENT)) as cut:
             while writers[0].tried() < before[0] + writes:
                 time.sleep(PAUSE_SECONDS)
@@ -148,7 +149,7 @@ def part(
         found = []
         for number, done, tried, writer in zip(confirmations, written, before, writers, strict=True):
             moments = [done.acknowledged[lost] - cut for lost in writer.missing()]
-            since = sum(moment > cut for moment in done.acknowledged.values())
+            since = sum(moment > began for moment in done.acknowledged.values())
             last = max(moments, default=0.0)
             found.append(Parted(number, done.tried - tried, since, len(moments), last, healed - cut))
     return found

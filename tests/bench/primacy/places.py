@@ -100,16 +100,18 @@ class InLab(Place):
 
     @contextlib.contextmanager
     def partitioned(self, minority: Sequence[str]) -> Iterator[float]:
-        """Let these stations and the others not hear one another meanwhile; yields since when."""
+        """Let these stations and the others not hear one another meanwhile; yields since when they do not.
+
+        That is when nft has ended, as it is done at its very end: on a busy machine its start alone takes a second.
+        """
         others = [station for station in (*self.nodes, BALANCER, CLIENT) if station not in minority]
         near, far = (", ".join(f'"w-{station}"' for station in side) for side in (minority, others))
         rules = [f"iifname {{ {a} }} oifname {{ {b} }} drop" for a, b in ((near, far), (far, near))]
         chain = "table bridge primacy { chain forward { type filter hook forward priority 0;"
         text = "\n".join([chain, *rules, "}", "}"])
-        moment = time.monotonic()
         subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True, capture_output=True)
         try:
-            yield moment
+            yield time.monotonic()
         finally:
             run("nft", "delete", "table", "bridge", "primacy")
 
