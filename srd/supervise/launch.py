@@ -124,7 +124,8 @@ class Launcher:
         # In the order of stunnel.conf's sections: the n-th socket is the n-th section's.
         sockets = self._tls_sockets.open(endpoints) if service is Service.STUNNEL else ()
         handed = tuple(listener.fileno() for listener in sockets)
-        started = spawn(Command(program.path, argv, owner, directory, self._paths.log_file(service), handed))
+        log, settings = self._paths.log_file(service), programs.settings_of(service)
+        started = spawn(Command(program.path, argv, owner, directory, log, handed, settings))
         return self._record(service, started, argv, restarts)
 
     def _record(self, service: Service, started: Started, argv: tuple[str, ...], restarts: int) -> Running:

@@ -16,7 +16,8 @@ import fcntl
 import os
 import signal
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -44,7 +45,8 @@ _libc: Final = ctypes.CDLL(None, use_errno=True)
 class Command:
     """A program to run: the file, its argument vector (never a secret in it), whose it is, where it works and logs.
 
-    `sockets` are descriptors of sockets that listen; with any, `argv[0]` is the file's path.
+    `sockets` are descriptors of sockets that listen; with any, `argv[0]` is the file's path. `settings` go into its
+    environment.
     """
 
     program: Path
@@ -53,6 +55,7 @@ class Command:
     directory: Path
     log: Path
     sockets: tuple[int, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +94,11 @@ def spawn(command: Command) -> Started:
 
 
 def _start(command: Command, log: int) -> int:
-    environment, argv, program = PLAIN_ENVIRONMENT, command.argv, command.program
+    environment, argv, program = {**PLAIN_ENVIRONMENT, **command.settings}, command.argv, command.program
     handed: tuple[int, ...] = ()
     if command.sockets:
         log, handed = _hand_on(command.sockets, log)
-        environment = environment | {"LISTEN_FDS": str(len(handed))}
+        environment |= {"LISTEN_FDS": str(len(handed))}
         argv = (*_WITH_OWN_PID, str(program), *argv[1:])
         program = Path(_WITH_OWN_PID[0])
     process = subprocess.Popen(

@@ -16,6 +16,7 @@ from typing import Self
 
 import pytest
 from support.nodes import PATIENCE, QUICK, Member, world
+from support.patience import wait
 
 from srd.model import Endpoint, Service, SrdError
 from srd.supervise.programs import check_endpoint, listen_endpoints
@@ -24,6 +25,8 @@ from srd.trust.issuing import renew_node
 RELOADS = 100
 RESTARTS = 5
 CLIENTS = 4
+CONNECTIONS = 50
+MOST_FAULTS = 10  # for each; 60 as glibc has it
 
 
 class Clients:
@@ -178,6 +181,28 @@ async def test_a_certificate_that_stunnel_cannot_use_is_said_and_the_former_one_
             assert node.pids() == before
 
 
+async def test_stunnel_keeps_the_memory_of_a_connection_for_the_next_one() -> None:
+    def connect(times: int) -> None:
+        for _ in range(times):
+            with connected(at, context) as connection:
+                ask(connection)
+            wait(lambda: "its thread is there" if threads(pid) > idle else "", between=0.001)
+
+    with world() as (member,):
+        async with member.supervised() as node:
+            await node.all_ready()
+            (endpoint,) = tls_endpoints(member)
+            at, context = (str(endpoint.address), endpoint.port), trusting(member)
+            pid = node.pid(Service.STUNNEL)
+            idle = threads(pid)
+            await asyncio.to_thread(connect, CONNECTIONS)
+            before = minor_faults(pid)
+            await asyncio.to_thread(connect, CONNECTIONS)
+            faults = minor_faults(pid) - before
+    print(f"\n{faults / CONNECTIONS:.1f} page faults for a connection")  # noqa: T201 - a figure for people
+    assert faults < MOST_FAULTS * CONNECTIONS
+
+
 async def test_the_program_gets_the_sockets_and_nothing_else() -> None:
     with world() as (member,):
         async with member.supervised() as node:
@@ -186,10 +211,20 @@ async def test_the_program_gets_the_sockets_and_nothing_else() -> None:
             pid = node.pid(Service.STUNNEL)
             entries = [entry.partition("=") for entry in of(pid, "environ").split("\0") if entry]
             environment = {name: value for name, _, value in entries}
-            assert environment.keys() == {"LC_ALL", "LISTEN_FDS", "LISTEN_PID", "PATH", "PWD"}
+            allocation = {"MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_"}
+            assert environment.keys() == {"LC_ALL", "LISTEN_FDS", "LISTEN_PID", "PATH", "PWD", *allocation}
             assert (environment["LISTEN_PID"], environment["LISTEN_FDS"]) == (str(pid), "1")
             assert of(pid, "comm").startswith("stunnel")
             assert listening_ports(pid) == {3: endpoint.port}
+
+
+def minor_faults(pid: int) -> int:
+    """Return how often the system had to give a process a page (proc_pid_stat(5), minflt)."""
+    return int(of(pid, "stat").rpartition(")")[2].split()[7])
+
+
+def threads(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/task").iterdir())
 
 
 def of(pid: int, name: str) -> str:
