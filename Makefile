@@ -57,7 +57,7 @@ test: lint  ## everything: lint, unit tests, real programs on loopback, the real
 # That target first, if it is asked for, too.
 after = $(filter $(1),$(MAKECMDGOALS))
 
-OF_THE_PRIMARY := $(patsubst %,tests/real/test_%.py,adversity arbiter cold_start history in_memory maintenance primacy)
+OF_THE_PRIMARY := $(patsubst %,tests/real/test_%.py,adversity arbiter cold_start history in_memory maintenance primacy switchover)
 
 .PHONY: test-here
 test-here: venv

@@ -49,6 +49,9 @@ STEP_SECONDS: Final = 0.5
 CLAIM_SECONDS: Final = 1.0
 # For its predecessor to have this node named, which takes some milliseconds; its lease lasts longer.
 NAMED_SECONDS: Final = 0.7
+# Just after a switchover every client opens a new connection: replicas that come meanwhile, and sentinels that take
+# another primary in, would have them wait. Those that a write needs are there by then (ha/switchover.py).
+CLIENTS_SECONDS: Final = 0.1
 # Until the answer of a successor: its redis is told, and asked once more if that was not heard.
 SUCCEED_SECONDS: Final = 2 * STEP_SECONDS + 0.5
 
@@ -150,6 +153,7 @@ class Promotion:
         while True:
             await self._followers.wait()
             self._followers.clear()
+            await asyncio.sleep(CLIENTS_SECONDS)
             await contained("promotion", self._gather)
             await contained("promotion", self._see_to_its_name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from srd.cluster import LOCALHOST
 from srd.ha.resp import ANSWER_SECONDS, Credentials, Fields, RespError, UnexpectedReplyError, Wire, alive, checked, flag
 from srd.model import Endpoint, Role, Secrets
 from srd.reconcile import boottime
@@ -19,6 +20,8 @@ APPLICATION_USER: Final = "default"
 FENCED: Final = 100
 # What redis keeps as append-only directory, as `unsaved` names it.
 LOG_FILE: Final = "append-only file"
+# Nobody listens on port 1 of the loopback (tcpmux, RFC 1078): refused at once, and tried again once a second.
+NOBODY: Final = Endpoint(LOCALHOST, 1)
 _ROLE: Final = ("ROLE",)
 _RESUME: Final = ("CLIENT", "UNPAUSE")
 _SHUT: Final = ("CONFIG", "SET", "min-replicas-to-write", str(FENCED))
@@ -70,6 +73,13 @@ class RedisClient:
     async def follow(self, primary: Endpoint, seconds: float = ANSWER_SECONDS) -> None:
         """Make it a replica of another."""
         await self._do(_follow(primary), seconds=seconds)
+
+    async def step_down(self, seconds: float = ANSWER_SECONDS) -> None:
+        """Make a primary the replica of nobody: it takes no writes. It can resume its stream by whom it follows next.
+
+        Its own replicas stay connected, and get nothing more (replication.c, replicationSetMaster).
+        """
+        await self._do(_follow(NOBODY), seconds=seconds)
 
     async def lead(self, seconds: float = ANSWER_SECONDS) -> Redis:
         """Make it a primary; return what it says of itself then. `RespError`: nobody knows, it may be one later."""

@@ -8,11 +8,14 @@ The primary's srd does it, in this order (A is the primary, B its successor, S o
    from then, can be handed over in step 5 without a question back.
 2. A: CLIENT PAUSE WRITE. What clients send from now on waits, and is not acknowledged.
 3. B has all that A has: the offsets are equal, 1 to 4 ms later. Not within `CATCH_UP_SECONDS`: everything is undone.
-4. A's srd stops using its lease: /primary says no here. A: REPLICAOF B. From now on nobody acknowledges a write.
-5. B's srd is given the rest of the lease in one word. It tells B: REPLICAOF NO ONE, says yes to /primary, and has the
-   replicas follow.
+4. A's srd stops using its lease: /primary says no here. A becomes the replica of nobody. From now on nobody
+   acknowledges a write.
+5. B's srd is given the rest of the lease in one word. It tells B: REPLICAOF NO ONE, and says yes to /primary. The
+   replicas that followed B already come back to it by themselves.
 6. A: its clients' connections end, the pause with them: what waited was never done, and its client is told so.
-7. The sentinels vote for a new epoch, and are told that B is primary in it (ha/naming.py). Where that fails, S is
+7. 0.1 s later, when the clients are with B, A follows B, and so do the other replicas: it is a stream that is resumed,
+   on a machine that is busy with new connections. Before step 6, if B has not as many replicas yet as a write needs.
+8. The sentinels vote for a new epoch, and are told that B is primary in it (ha/naming.py). Where that fails, S is
    told SENTINEL FAILOVER: it selects B by its priority, finds it promoted, and makes an epoch. One sentinel only,
    because two that are told promote two.
 
@@ -20,14 +23,14 @@ Measured elsewhere and not done: SENTINEL FAILOVER alone leaves the old primary 
 of 90,000 lost); a pause that outlasts the failover writes what waited to the old primary when it ends (24,000 lost);
 redis' own FAILOVER tells no sentinel, which undo it half a minute later.
 
-Whoever stops A's srd meanwhile waits: steps 4 to 7 are done to their end, and each has its bound. Where A does not
+Whoever stops A's srd meanwhile waits: steps 4 to 8 are done to their end, and each has its bound. Where A does not
 take step 4 (a redis that hangs), or B's srd says that B has not taken step 5, A is primary again, with its own lease.
 Should B do later what it was told, nobody is led to it, and the sentinels make a replica of it (sentinel.c,
 +convert-to-slave). Where B's srd does not answer in step 5 it may have the lease, so there is no way back: A tells B
 itself, and where it does not hear from that either, the sentinels are to choose, and A is primary again only when what
 it has given has ended. If A's srd is killed between 4 and 5 there is no primary, and Sentinel makes one after
 `down_after` and two of its own looks (a primary that reports being a replica is down); nobody has acknowledged a write
-meanwhile. If it is killed after 5, B's srd has B named.
+meanwhile. If it is killed after 5, B's srd has A follow, and B named.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ from srd.ha.lease import endpoint_of
 from srd.ha.losses import Loss, Losses
 from srd.ha.naming import have_named, is_named, make_epoch
 from srd.ha.preparation import attach, prefer, prefer_no_more
-from srd.ha.promotion import HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
+from srd.ha.promotion import CLIENTS_SECONDS, HEIR_TOPIC, SUCCEED_SECONDS, SUCCEED_TOPIC
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SentinelClient
@@ -67,8 +70,6 @@ PAUSE_MILLISECONDS: Final = 3000
 CATCH_UP_SECONDS: Final = 1.0
 # For a redis that hangs to be primary again; by then the sentinels have voted for another one.
 RETURN_SECONDS: Final = 10.0
-# Just then every client opens a new connection, and sentinels that take another primary in look at everything anew.
-CLIENTS_SECONDS: Final = 0.1
 # What of it is done to its end, whatever happens: a word to a srd that hangs, two demands on a redis that does, its
 # return when what it has given away has ended, and ten more steps.
 FINISHING_SECONDS: Final = RETURN_SECONDS + SUCCEED_SECONDS + LEASE_SECONDS + 12 * STEP_SECONDS
@@ -143,10 +144,10 @@ class Switchover:
             log.warning("switching over", source=self._node.name, to=successor.name)
             try:
                 sentinels = await prefer(self._fleet, self._node, successor)
-                await attach(self._fleet, self._situation(), successor)
+                attended = await attach(self._fleet, self._situation(), successor)
                 own = endpoint_of(self._fleet.config, self._node)
                 loss = Loss(ChangeKind.SWITCHOVER, own, began, cause, by)
-                gap = await self._hand_over(successor, old, new, sentinels, loss)
+                gap = await self._hand_over(successor, old, new, sentinels, loss, attended=attended)
                 named = await self._is_named(successor)
             except (SrdError, asyncio.CancelledError):
                 await self._reattach()
@@ -168,9 +169,19 @@ class Switchover:
                 await self._fleet.have_follow(self._node, STEP_SECONDS)
 
     async def _hand_over(
-        self, successor: Node, old: RedisClient, new: RedisClient, sentinels: Sequence[SentinelClient], loss: Loss
+        self,
+        successor: Node,
+        old: RedisClient,
+        new: RedisClient,
+        sentinels: Sequence[SentinelClient],
+        loss: Loss,
+        *,
+        attended: bool,
     ) -> float:
-        """Carry steps 2 to 7 out; return for how many seconds no write was taken."""
+        """Carry steps 2 to 8 out; return for how many seconds no write was taken.
+
+        `attended` says whether the successor has as many replicas as a write needs.
+        """
         await self._refreshed()
         if found := obstacles(self._situation(), successor):  # seconds have passed since that was asked
             raise RefusedError("switch over to", successor.name, "; ".join(found))
@@ -195,10 +206,13 @@ class Switchover:
                 self._losses.stayed()
                 await self._lead_again(old)
                 raise
+            if not attended:
+                await _quietly(old.follow(endpoint, STEP_SECONDS))
             gap = boottime() - paused
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
             await asyncio.sleep(CLIENTS_SECONDS)
+            await _quietly(old.follow(endpoint, STEP_SECONDS))
             if not await have_named(self._fleet.config, self._fleet.sentinels, loss.primary, endpoint):
                 await make_epoch(sentinels, loss.primary)
             return gap
@@ -207,11 +221,11 @@ class Switchover:
         return await to_its_end(exchange_roles())
 
     async def _demote(self, successor: Node, old: RedisClient) -> None:
-        """Say no to /primary, then be a replica."""
+        """Say no to /primary, then be no primary."""
         if self._custody.give(successor.name, boottime()) <= 0:
             raise SrdError("switch over to", successor.name, "this node's lease has ended meanwhile")
         self._judge()
-        await old.follow(endpoint_of(self._fleet.config, successor), STEP_SECONDS)
+        await old.step_down(STEP_SECONDS)
 
     async def _announce(self, successor: Node) -> float | None:
         """Have the successor's srd get ready; return when it was, None where that is not known."""

@@ -24,9 +24,8 @@ _OTHER_NAMES: Final = {
     # Debian alone has a number in the name.
     "stunnel4": "stunnel",
 }
-# stunnel serves each connection by a thread, and glibc gives the memory of one that ended back: 60 page faults for each
-# new connection, which the next thread has to make again. With these margins (mallopt(3)) it is less than one, for 5 MiB
-# more after 400 connections at a time.
+# stunnel serves each connection by a thread, and glibc gives the memory of one that ended back: 60 page faults for the
+# next one. With these margins (mallopt(3)) it is less than one, for 5 MiB more after 400 connections at a time.
 _STUNNEL_SETTINGS: Final = {"MALLOC_TRIM_THRESHOLD_": str(4 << 20), "MALLOC_TOP_PAD_": str(256 << 10)}
 _PACKAGES: Final = {Service.REDIS: "redis-tools", Service.SENTINEL: "redis-tools", Service.STUNNEL: "stunnel4"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -166,6 +167,11 @@ async def watched(srds: dict[str, Srd], *names: str) -> AsyncIterator[None]:
         yield
         task.cancel()
     assert watcher.doubles == []
+
+
+def show(**figures: float) -> None:
+    """Print what was measured, in seconds, for people."""
+    print(json.dumps({name: round(seconds, 3) for name, seconds in figures.items()}))  # noqa: T201
 
 
 async def settled(cluster: Cluster, primary: Endpoint, seconds: float = 20, among: tuple[str, ...] = NAMES) -> None:
