@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from ipaddress import IPv4Address
@@ -131,6 +132,15 @@ class Node:
     def votes(self) -> bool:
         """Whether a sentinel runs here."""
         return self.kind in (NodeKind.REDIS, NodeKind.SENTINEL)
+
+    @property
+    def tags(self) -> Mapping[str, int | bool]:
+        """What cluster.toml asks for that is not as everywhere: `nofailover`, `priority`, `noloadbalance`."""
+        tags: dict[str, int | bool] = {}
+        if self.priority != DEFAULT_PRIORITY:
+            never = self.priority == NEVER_PRIORITY
+            tags |= {"nofailover": True} if never else {"priority": self.priority}
+        return tags | ({"noloadbalance": True} if self.noloadbalance else {})
 
 
 @dataclass(frozen=True, slots=True)

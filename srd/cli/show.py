@@ -100,12 +100,20 @@ def _list(document: Document) -> None:
                 lag,
                 protection,
                 cell(member["version"]),
+                _tags(member.get("tags", {})),  # an older daemon does not say it
             ]
         )
-    print_table(["NODE", "ADDRESS", "ROLE", "STATE", "LAG", "LINK", "SRD"], rows)
+    columns = ["NODE", "ADDRESS", "ROLE", "STATE", "LAG", "LINK", "SRD", "TAGS"]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    print_table(columns, rows)
     if document["paused_until_timestamp"] is not None:
         until = time.strftime("%Y-%m-%d %H:%M", time.localtime(document["paused_until_timestamp"]))
         click.echo(f"paused until {until}")
+
+
+def _tags(tags: Document) -> str:
+    return ", ".join(name if value is True else f"{name} {value}" for name, value in tags.items())
 
 
 def _link_word(link: Document) -> str:

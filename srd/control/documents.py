@@ -214,6 +214,7 @@ def _member(s: Situation, member: Member) -> Document:
         "version": member.version,
         "lag_bytes": member.lag_bytes,
         "drained": member.drained,
+        "tags": node.tags,
         "link": None
         if node == s.node
         else {

@@ -223,4 +223,5 @@ def _member(s: Situation, member: Member) -> Document:
         "state": member.state,
         "lag": member.lag_bytes,
         "drained": member.drained,
+        "tags": node.tags,
     }

@@ -161,6 +161,12 @@ def arbiter_situation(**changes: Any) -> Situation:
     return Situation(cluster, cluster.node("redis-3"), replace(view, **changes), NOW, WALL)
 
 
+def with_node(situation: Situation, name: str, **changes: Any) -> Situation:
+    """Another cluster.toml, of the same nodes."""
+    nodes = (replace(node, **changes) if node.name == name else node for node in situation.config.nodes)
+    return replace(situation, config=replace(situation.config, nodes=tuple(nodes)))
+
+
 def with_child(situation: Situation, service: Service, **changes: Any) -> Situation:
     children = {**situation.view.children, service: replace(situation.view.children[service], **changes)}
     return replace(situation, view=replace(situation.view, children=children))

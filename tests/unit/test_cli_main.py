@@ -15,11 +15,12 @@ import click
 import pytest
 from click.testing import CliRunner
 from support.commandline import environment, srd
-from support.situations import WALL, arbiter_situation, at, link, primary_situation, replica_situation
+from support.situations import WALL, arbiter_situation, at, link, primary_situation, replica_situation, with_node
 
 from srd.changes import ChangeKind, RoleChange
 from srd.cli import main as cli_main
 from srd.cli.output import duration, size
+from srd.cluster import NEVER_PRIORITY
 from srd.control.server import ControlServer
 from srd.model import ConfigError
 from srd.state import Situation, View
@@ -93,6 +94,16 @@ async def test_list(serve: Serve, tmp_path: Path) -> None:
         "redis-2  192.168.205.11  replica  running  0 B  aes-256-gcm  0.1.0\n"
         "redis-3  192.168.205.12  replica  running  0 B  aes-256-gcm  0.1.0\n"
     )
+
+
+async def test_list_shows_what_is_asked_of_single_nodes(serve: Serve, tmp_path: Path) -> None:
+    tagged = with_node(primary_situation(), "redis-3", priority=50, noloadbalance=True)
+    _, out, _ = await ask(serve, with_node(tagged, "redis-2", priority=NEVER_PRIORITY), tmp_path, "list")
+    assert [line.partition("0.1.0")[2].strip() for line in out.splitlines()[1:]] == [
+        "",
+        "nofailover",
+        "priority 50, noloadbalance",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.situations import NOW, OFFSET, arbiter_situation, primary_situation, replica_situation
+from support.situations import NOW, OFFSET, arbiter_situation, primary_situation, replica_situation, with_node
 
 from srd.control import documents as control
 from srd.members import REPORT_MAX_AGE_SECONDS, Member, members
@@ -66,10 +66,11 @@ def test_drained_nodes_are_known_by_their_own_word() -> None:
 
 
 def test_both_faces_show_the_same() -> None:
-    situation = behind(replica_situation(), "redis-3", 7)
+    situation = with_node(behind(replica_situation(), "redis-3", 7), "redis-2", noloadbalance=True)
     known: tuple[Member, ...] = members(situation, "0.1.0")
     listed = control.members(situation, "0.1.0")["members"]
     clustered = web.cluster_document(situation, "0.1.0")["members"]
-    wanted = [(m.node.name, m.state, m.role, m.lag_bytes) for m in known]
-    assert [(m["node"], m["state"], m["role"], m["lag_bytes"]) for m in listed] == wanted
-    assert [(m["name"], m["state"], m["role"], m["lag"]) for m in clustered] == wanted
+    wanted = [(m.node.name, m.state, m.role, m.lag_bytes, m.node.tags) for m in known]
+    assert [(m["node"], m["state"], m["role"], m["lag_bytes"], m["tags"]) for m in listed] == wanted
+    assert [(m["name"], m["state"], m["role"], m["lag"], m["tags"]) for m in clustered] == wanted
+    assert [m["tags"] for m in listed] == [{}, {"noloadbalance": True}, {}]
