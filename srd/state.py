@@ -184,6 +184,11 @@ class Redis:
     promoted_at_offset: int | None = None  # up to where it has followed another primary, before it became one itself
 
     @property
+    def online(self) -> int:
+        """How many replicas get its stream as it comes."""
+        return sum(1 for replica in self.replicas if replica.state == "online")
+
+    @property
     def in_step(self) -> bool:
         """Whether it is a replica that has all that its primary has, or is about to."""
         return self.role is Role.REPLICA and self.link_up and not self.sync_in_progress

@@ -238,8 +238,8 @@ class Chronicle:
             seen = await own.observe(STEP_SECONDS)
         except RespError:
             return False
-        online = sum(1 for replica in seen.replicas if replica.state == "online")
-        if seen.role is not Role.PRIMARY or seen.min_replicas_to_write >= FENCED or online < seen.min_replicas_to_write:
+        needed = seen.min_replicas_to_write
+        if seen.role is not Role.PRIMARY or needed >= FENCED or seen.online < needed:
             return False
         accession.settled, accession.taken_offset = self._clock(), seen.promoted_at_offset
         return True

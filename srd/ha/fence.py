@@ -10,6 +10,9 @@ heard beside a sentinel that is down is no danger, for without a majority of sen
 that is fenced because two sentinels crashed would serve nobody for nothing. Silence is proven by a question that was
 asked, and not answered, at least so long ago: a srd that did not come to ask fences nobody.
 
+A redis that has stepped down in a switchover (ha/switchover.py) follows nobody until it is told whom. Where it missed
+that word, because it hung say, that is whom a majority names, if it is another node.
+
 The fence is lifted by a majority that names this node still, and that was asked afterwards. Where it names another,
 this node's redis follows that one: Sentinel would do the same 2 s later (four publish periods), after a promotion by
 hand 11 s later with its own pace, and what is written until then is lost (53,000 of 90,000 writes, measured).
@@ -59,9 +62,14 @@ def demanded(s: Situation, redis: Redis) -> int:
     held = s.view.lease is not None and s.view.lease.held and s.now < s.view.lease.expires
     if cut_off(s) or (redis.min_replicas_to_write >= FENCED and not held):
         return FENCED
-    online = sum(1 for replica in redis.replicas if replica.state == "online")
     fewer = wanted < redis.min_replicas_to_write
-    return wanted if fewer or online >= wanted else redis.min_replicas_to_write
+    return wanted if fewer or redis.online >= wanted else redis.min_replicas_to_write
+
+
+def awaited(s: Situation, redis: Redis) -> Endpoint | None:
+    """Return whom a redis that follows nobody should follow: whom a majority names, if that is another node's."""
+    lost = redis.role is Role.REPLICA and redis.primary is None
+    return s.view.named if lost and s.view.named != endpoint_of(s.config, s.node) else None
 
 
 class Fence:
@@ -94,9 +102,13 @@ class Fence:
             return
         replaced, wanted = self._successor(s, redis), demanded(s, redis)
         self._write(redis.role is Role.PRIMARY and (replaced is not None or wanted >= FENCED))
-        if replaced is None and wanted == redis.min_replicas_to_write:
+        followed = awaited(s, redis)
+        if replaced is None and followed is None and wanted == redis.min_replicas_to_write:
             return
-        if replaced is not None:
+        if followed is not None:
+            log.warning("following", primary=str(followed), why="it has stepped down, and missed whom to follow")
+            await self._client.follow(followed)
+        elif replaced is not None:
             log.warning("following", primary=str(replaced), why="a majority of the sentinels names it")
             await self._client.shut()
             await self._keep_data()  # what only this node has taken may be replaced by what that one sends

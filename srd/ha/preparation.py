@@ -47,10 +47,10 @@ async def prefer_no_more(fleet: Fleet, successor: Node) -> None:
         await redis.keep_priority(successor.priority, STEP_SECONDS)
 
 
-async def attach(fleet: Fleet, s: Situation, successor: Node) -> bool:
+async def attach(fleet: Fleet, s: Situation, successor: Node) -> None:
     """Have replicas follow the successor that the primary can do without; return when they are in step, or soon.
 
-    Return whether it has as many of them then as a write needs. The primary is that of the situation's own node.
+    The primary is that of the situation's own node.
     """
     config, redis = s.config, s.view.redis
     others = [name for name in fleet.redises if name not in (s.node.name, successor.name)]
@@ -64,10 +64,7 @@ async def attach(fleet: Fleet, s: Situation, successor: Node) -> bool:
         async with asyncio.timeout(ATTACHING_SECONDS):
             while not await _online(new, len(moved)):  # noqa: ASYNC110 - redis announces no replica
                 await asyncio.sleep(LOOK_SECONDS)
-            return len(moved) >= config.min_replicas_to_write
-    return False
 
 
 async def _online(redis: RedisClient, replicas: int) -> bool:
-    seen = await redis.observe(STEP_SECONDS)
-    return sum(replica.state == "online" for replica in seen.replicas) >= replicas
+    return (await redis.observe(STEP_SECONDS)).online >= replicas

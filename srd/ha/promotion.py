@@ -50,7 +50,7 @@ CLAIM_SECONDS: Final = 1.0
 # For its predecessor to have this node named, which takes some milliseconds; its lease lasts longer.
 NAMED_SECONDS: Final = 0.7
 # Just after a switchover every client opens a new connection: replicas that come meanwhile, and sentinels that take
-# another primary in, would have them wait. Those that a write needs are there by then (ha/switchover.py).
+# another primary in, would have them wait.
 CLIENTS_SECONDS: Final = 0.1
 # Until the answer of a successor: its redis is told, and asked once more if that was not heard.
 SUCCEED_SECONDS: Final = 2 * STEP_SECONDS + 0.5
@@ -87,6 +87,7 @@ class Promotion:
         self._followers = asyncio.Event()
         self._former: Endpoint | None = None
         self._expected: tuple[str, float] | None = None  # who is about to switch over to this node, known since when
+        self._attended = False  # there are as many replicas as a write needs
 
     def heard(self, event: Event) -> None:
         """Take note of what a sentinel has announced: whom a leader has chosen, and whose place that one takes."""
@@ -119,10 +120,15 @@ class Promotion:
             self._judge()
 
     async def expect(self, former: str, _: Body) -> Body:
-        """Be ready for a primary that is about to switch over to this node: what it gives then is counted from now."""
+        """Be ready for a primary that is about to switch over to this node: what it gives then is counted from now.
+
+        Return whether this node's redis is `attended`: has as many replicas as a write needs.
+        """
         await self._fleet.reach(STEP_SECONDS)
+        seen = await self._fleet.redises[self._node.name].observe(STEP_SECONDS)
+        self._attended = seen.online >= seen.min_replicas_to_write
         self._expected = former, boottime()
-        return {}
+        return {"attended": self._attended}
 
     async def succeed(self, former: str, body: Body) -> Body:
         """Make this node's redis the primary in place of one that is a replica by now; return whether this node `led`.
@@ -153,9 +159,11 @@ class Promotion:
         while True:
             await self._followers.wait()
             self._followers.clear()
-            await asyncio.sleep(CLIENTS_SECONDS)
-            await contained("promotion", self._gather)
-            await contained("promotion", self._see_to_its_name)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(contained("promotion", self._see_to_its_name))
+                if self._attended:
+                    await asyncio.sleep(CLIENTS_SECONDS)
+                await contained("promotion", self._gather)
 
     async def _see_to_its_name(self) -> None:
         """Have the sentinels name this node where its predecessor does not: its srd may have ended just then."""

@@ -174,7 +174,7 @@ def _redis(info: Fields, settings: Sequence[Fields], *, asked: float, took: floa
         dbsize=sum(database.get("keys", int) for database in info.lines("db")),
         min_replicas_to_write=min_replicas.get("min-replicas-to-write", int),
         persistence=info.get("aof_enabled", flag) or bool(save.get("save", str)),
-        primary=info.endpoint("master_host", "master_port") if replica else None,
+        primary=_followed(info) if replica else None,
         link_up=replica and info.get("master_link_status", {"up": True, "down": False}.__getitem__),
         sync_in_progress=replica and info.get("master_sync_in_progress", flag),
         replicas=tuple(_replica(line) for line in info.lines("slave")),
@@ -186,6 +186,12 @@ def _redis(info: Fields, settings: Sequence[Fields], *, asked: float, took: floa
         rewrites=info.get("aof_rewrites", int) if "aof_rewrites" in info else 0,
         promoted_at_offset=None if replica else _promoted_at(info.get("second_repl_offset", int)),
     )
+
+
+def _followed(info: Fields) -> Endpoint | None:
+    """Return whom a replica follows, None for one that has only stepped down."""
+    primary = info.endpoint("master_host", "master_port")
+    return None if primary == NOBODY else primary
 
 
 def _promoted_at(second: int) -> int | None:

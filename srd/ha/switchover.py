@@ -13,8 +13,9 @@ The primary's srd does it, in this order (A is the primary, B its successor, S o
 5. B's srd is given the rest of the lease in one word. It tells B: REPLICAOF NO ONE, and says yes to /primary. The
    replicas that followed B already come back to it by themselves.
 6. A: its clients' connections end, the pause with them: what waited was never done, and its client is told so.
-7. 0.1 s later, when the clients are with B, A follows B, and so do the other replicas: it is a stream that is resumed,
-   on a machine that is busy with new connections. Before step 6, if B has not as many replicas yet as a write needs.
+7. B's srd has A and the other replicas follow B: 0.1 s later, when the clients are there, or at once if B has not as
+   many replicas yet as a write needs; then A's srd does not wait for that either, before step 6. Whoever misses that,
+   because it hangs, follows when the sentinels name B (ha/fence.py).
 8. The sentinels vote for a new epoch, and are told that B is primary in it (ha/naming.py). Where that fails, S is
    told SENTINEL FAILOVER: it selects B by its priority, finds it promoted, and makes an epoch. One sentinel only,
    because two that are told promote two.
@@ -93,6 +94,14 @@ class Switched:
     named: bool  # whether a majority of the sentinels has taken it up
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Since when the successor's srd is ready, and whether its redis has as many replicas as a write needs."""
+
+    since: float
+    attended: bool
+
+
 class Switchover:
     """Switches over from this node, and has that written down.
 
@@ -144,10 +153,10 @@ class Switchover:
             log.warning("switching over", source=self._node.name, to=successor.name)
             try:
                 sentinels = await prefer(self._fleet, self._node, successor)
-                attended = await attach(self._fleet, self._situation(), successor)
+                await attach(self._fleet, self._situation(), successor)
                 own = endpoint_of(self._fleet.config, self._node)
                 loss = Loss(ChangeKind.SWITCHOVER, own, began, cause, by)
-                gap = await self._hand_over(successor, old, new, sentinels, loss, attended=attended)
+                gap = await self._hand_over(successor, old, new, sentinels, loss)
                 named = await self._is_named(successor)
             except (SrdError, asyncio.CancelledError):
                 await self._reattach()
@@ -169,24 +178,14 @@ class Switchover:
                 await self._fleet.have_follow(self._node, STEP_SECONDS)
 
     async def _hand_over(
-        self,
-        successor: Node,
-        old: RedisClient,
-        new: RedisClient,
-        sentinels: Sequence[SentinelClient],
-        loss: Loss,
-        *,
-        attended: bool,
+        self, successor: Node, old: RedisClient, new: RedisClient, sentinels: Sequence[SentinelClient], loss: Loss
     ) -> float:
-        """Carry steps 2 to 8 out; return for how many seconds no write was taken.
-
-        `attended` says whether the successor has as many replicas as a write needs.
-        """
+        """Carry steps 2 to 8 out; return for how many seconds no write was taken."""
         await self._refreshed()
         if found := obstacles(self._situation(), successor):  # seconds have passed since that was asked
             raise RefusedError("switch over to", successor.name, "; ".join(found))
         endpoint = endpoint_of(self._fleet.config, successor)
-        expected = await self._announce(successor)
+        ready = await self._announce(successor)
         paused = boottime()
         try:
             await _caught_up(successor, await old.pause_writes(PAUSE_MILLISECONDS, STEP_SECONDS), new)
@@ -198,7 +197,7 @@ class Switchover:
             self._losses.note(loss)
             try:
                 await self._demote(successor, old)
-                await self._have_it_succeed(successor, new, expected)
+                await self._have_it_succeed(successor, new, ready)
             except UnheardError:
                 await self._let_them_choose(successor, old, sentinels)
                 raise
@@ -206,13 +205,12 @@ class Switchover:
                 self._losses.stayed()
                 await self._lead_again(old)
                 raise
-            if not attended:
+            if ready is None or not ready.attended:
                 await _quietly(old.follow(endpoint, STEP_SECONDS))
             gap = boottime() - paused
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
             await asyncio.sleep(CLIENTS_SECONDS)
-            await _quietly(old.follow(endpoint, STEP_SECONDS))
             if not await have_named(self._fleet.config, self._fleet.sentinels, loss.primary, endpoint):
                 await make_epoch(sentinels, loss.primary)
             return gap
@@ -227,24 +225,24 @@ class Switchover:
         self._judge()
         await old.step_down(STEP_SECONDS)
 
-    async def _announce(self, successor: Node) -> float | None:
-        """Have the successor's srd get ready; return when it was, None where that is not known."""
+    async def _announce(self, successor: Node) -> _Ready | None:
+        """Have the successor's srd get ready; None where it is not known to be."""
         try:
-            await self._ask_peer(successor.name, HEIR_TOPIC, {}, STEP_SECONDS)
+            answer = await self._ask_peer(successor.name, HEIR_TOPIC, {}, STEP_SECONDS)
         except SrdError as error:
             log.info("the successor's srd does not get ready; it leads when the sentinels name it", error=str(error))
             return None
-        return boottime()
+        return _Ready(boottime(), attended=answer.get("attended") is True)
 
-    async def _have_it_succeed(self, successor: Node, new: RedisClient, expected: float | None) -> None:
+    async def _have_it_succeed(self, successor: Node, new: RedisClient, ready: _Ready | None) -> None:
         """Have the successor's srd make it the primary, with the rest of the lease; do it from here where it is silent.
 
         `UnheardError` when it may have done so and nobody there answers, `SrdError` when it has not.
         """
-        if expected is None:
+        if ready is None:
             await _promote(successor, new)
             return
-        ask = partial(self._ask_peer, successor.name, SUCCEED_TOPIC, self._custody.tell(expected))
+        ask = partial(self._ask_peer, successor.name, SUCCEED_TOPIC, self._custody.tell(ready.since))
         try:
             answer = await ask(SUCCEED_SECONDS)
         except SrdError as error:

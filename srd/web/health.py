@@ -193,7 +193,9 @@ def _primary_offset(s: Situation) -> tuple[int, float] | None:
         return None
     node = s.config.node_at(redis.primary.address)
     report = s.view.peers.get(node.name) if node is not None else None
-    if report is None or report.offset is None or s.now - report.received > STATUS_MAX_AGE_SECONDS:
+    if report is None or report.role is not Role.PRIMARY or report.offset is None:
+        return None
+    if s.now - report.received > STATUS_MAX_AGE_SECONDS:
         return None
     return report.offset, report.received
 

@@ -44,8 +44,7 @@ def test_a_primary_whose_srd_is_stopped_refuses_writes_by_itself_when_it_is_cut_
     os.kill(srd, signal.SIGSTOP)
     try:
         assert write() == "OK"
-        with InLab(tmp_path, lab.nodes).silent(primary):
-            cut = time.monotonic()
+        with InLab(tmp_path, lab.nodes).silent(primary) as cut:
             lab.wait(lambda: "NOREPLICAS" in write(), "redis refuses writes")
             refused = time.monotonic() - cut
             lab.wait(lambda: any(lab.get(node, "/primary").status == health.OK for node in others), "another one leads")

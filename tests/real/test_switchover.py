@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Awaitable, Callable
 
 import pytest
 from support.primacies import NAMES, Srd, leader, running, settled, show, watched, writes, writing
@@ -13,11 +14,14 @@ from support.sentinels import Cluster, raw, redis_client, until
 from srd.cluster import DEFAULT_PRIORITY, NEVER_PRIORITY
 from srd.ha.custody import ASSURANCE_SECONDS
 from srd.ha.promotion import HEIR_TOPIC, SUCCEED_TOPIC
-from srd.ha.redis import NOBODY, RedisClient
+from srd.ha.redis import RedisClient
 from srd.ha.resp import Fields
 from srd.model import Body, Endpoint, NoAnswerError, RefusedError, Role, SrdError
 from srd.reconcile import boottime
 from srd.state import Redis
+
+# Sentinels see to it only after failover-timeout, which is 4 s here.
+SOON_SECONDS = 3.0
 
 
 async def syncs(redis: RedisClient) -> tuple[int, int]:
@@ -27,14 +31,27 @@ async def syncs(redis: RedisClient) -> tuple[int, int]:
     return stats.get("sync_full", int), stats.get("sync_partial_ok", int)
 
 
+def followed_when_clients_end(redis: RedisClient, monkeypatch: pytest.MonkeyPatch) -> list[Endpoint | None]:
+    """Return a list to which is added whom a redis follows at the moment when its clients' connections are ended."""
+    really: Callable[[float], Awaitable[None]] = redis.end_clients
+    found: list[Endpoint | None] = []
+
+    async def looked_at(seconds: float) -> None:
+        found.append((await redis.observe()).primary)
+        await really(seconds)
+
+    monkeypatch.setattr(redis, "end_clients", looked_at)
+    return found
+
+
 async def follows(redis: RedisClient, primary: Endpoint) -> None:
-    """Wait until a redis follows this one and is in step."""
+    """Wait until a redis follows this one and is in step: soon, by srd and not by Sentinel."""
 
     async def done() -> bool:
         seen = await redis.observe()
         return seen.in_step and seen.primary == primary
 
-    await until(done)
+    await until(done, SOON_SECONDS)
 
 
 async def test_a_switchover_loses_no_write_and_stops_them_for_milliseconds(
@@ -109,19 +126,36 @@ async def test_a_former_primary_asks_its_successor_for_the_stream_once_when_its_
 ) -> None:
     async with watched(srds, *NAMES), redis_client(cluster, "n2") as successor:
         old = srds["n1"].primacy._fleet.redises["n1"]
-        really, found = old.end_clients, []
-
-        async def looked_at(seconds: float) -> None:
-            found.append((await old.observe()).primary)
-            await really(seconds)
-
-        monkeypatch.setattr(old, "end_clients", looked_at)
+        found = followed_when_clients_end(old, monkeypatch)
         full, resumed = await syncs(successor)
         await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
         await follows(old, cluster.endpoint("n2"))
         # n3 came before the move, and again when n2 became a primary; n1 once.
         assert await syncs(successor) == (full, resumed + 3)
-        assert found == [NOBODY]
+        assert found == [None]
+
+
+async def test_a_successor_without_enough_replicas_has_the_former_primary_before_clients_come(
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(srds, *NAMES):
+        cluster.kill("redis-n3")
+        srds["n3"].redis_died()
+        await srds["n1"].until(lambda view: view.redis is not None and len(view.redis.replicas) == 1)
+        old = srds["n1"].primacy._fleet.redises["n1"]
+        found = followed_when_clients_end(old, monkeypatch)
+        await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
+        assert found == [cluster.endpoint("n2")]
+        await writes(cluster, "n2")
+
+
+async def test_a_redis_that_has_stepped_down_and_missed_whom_to_follow_follows_the_named_primary(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with running(srds["n3"]), redis_client(cluster, "n3") as replica:
+        await srds["n3"].until(lambda view: view.named == cluster.endpoint("n1"))
+        await replica.step_down()
+        await follows(replica, cluster.endpoint("n1"))
 
 
 async def test_a_switchover_whose_successor_cannot_catch_up_leaves_everything_as_it_was(

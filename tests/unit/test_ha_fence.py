@@ -13,7 +13,7 @@ from srd.cluster import LEASE_MARGIN_SECONDS, LEASE_SECONDS, NEVER_PRIORITY, Con
 from srd.config import parse_config
 from srd.ha.custody import ASSURANCE_SECONDS, Custody, Offer
 from srd.ha.failover import OWN_FENCE_SECONDS, REPLACE_SECONDS, haste, replaceable_at
-from srd.ha.fence import FENCE_SECONDS, cut_off, demanded
+from srd.ha.fence import FENCE_SECONDS, awaited, cut_off, demanded
 from srd.ha.lease import endpoint_of
 from srd.ha.preference import most_advanced
 from srd.ha.redis import FENCED
@@ -98,6 +98,17 @@ def test_what_is_demanded_of_a_write() -> None:
     assert demanded(late, fenced) == FENCED, "the lease has ended: it stays"
     replica = dataclasses.replace(fenced, role=Role.REPLICA)
     assert demanded(situation(silent(n2=9, n3=9)), replica) == 1, "a replica takes no writes of clients"
+
+
+def test_a_redis_that_has_stepped_down_follows_whom_a_majority_names_if_that_is_another_one() -> None:
+    parted = dataclasses.replace(PRIMARY, role=Role.REPLICA, replicas=())
+    other = dataclasses.replace(LOST, primary=endpoint_of(THREE, N2))
+    assert awaited(situation(View(lease=other)), parted) == endpoint_of(THREE, N2)
+    assert awaited(situation(View(lease=LOST)), parted) is None, "it is named itself: a switchover is under way"
+    assert awaited(situation(View()), parted) is None
+    following = dataclasses.replace(parted, primary=endpoint_of(THREE, N3))
+    assert awaited(situation(View(lease=other)), following) is None, "sentinels see to one that follows another"
+    assert awaited(situation(View(lease=other)), PRIMARY) is None
 
 
 def test_a_primary_demands_more_replicas_only_once_it_has_them() -> None:

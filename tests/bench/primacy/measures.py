@@ -100,7 +100,10 @@ def restart(place: Place, cluster: Arrangement, lasting: float) -> int:
 
 @dataclass(frozen=True)
 class Parted:
-    """What became of a writer's writes in a partition of `seconds`; the `last` lost one, so long after the cut."""
+    """What became of a writer's writes in a partition of `seconds`; the `last` lost one, so long after the cut.
+
+    `acknowledged` are those since nft was started to make the cut.
+    """
 
     confirmations: int
     tried: int

@@ -90,11 +90,10 @@ class InLab(Place):
 
     @contextlib.contextmanager
     def silent(self, node: str) -> Iterator[float]:
-        """Pull a node's cable meanwhile; yields when that was."""
-        moment = time.monotonic()
+        """Pull a node's cable meanwhile; yields since when it is out."""
         run("ip", "link", "set", f"w-{node}", "down")
         try:
-            yield moment
+            yield time.monotonic()
         finally:
             run("ip", "link", "set", f"w-{node}", "up")
 
