@@ -14,7 +14,7 @@ from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.primacy import LONGEST_FAREWELL_SECONDS, Primacy
-from srd.ha.repair import Doctor
+from srd.ha.repair import REBUILD_TOPIC, Doctor
 from srd.ledger import Ledger
 from srd.maintenance import PAUSE_TOPIC, Maintenance
 from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
@@ -49,6 +49,8 @@ PAUSE_PASS_SECONDS: Final = 10.0
 
 # redis is told of it by the next look at it, which is woken.
 PRIORITY_SECONDS: Final = 3.0
+# For another srd to have ended its sentinel, which has 5 s for that, after the pass that is under way there.
+REBUILDING_SECONDS: Final = 30.0
 
 Probe = Callable[[], Coroutine[Any, Any, None]]
 
@@ -88,7 +90,8 @@ class Duties:
             saved=annals.load(),
             save=annals.save,
         )
-        self._doctor = Doctor(config, secrets, store.writer("findings"))
+        self._ask_peer = ask_peer
+        self._doctor = Doctor(config, secrets, store.writer("findings"), rebuild=self._have_sentinel_rebuilt)
         self._maintenance = Maintenance(paths, store, ask_peer)
         self._services = Services(
             config=config,
@@ -206,6 +209,9 @@ class Duties:
             return await self._maintenance.told(body, self._situation())
         if topic in (RESTART_TOPIC, STATE_TOPIC):
             return self._restarts.answer(topic, body)
+        if topic == REBUILD_TOPIC:
+            await self._rebuild_sentinel()
+            return {}
         return await self._primacy.answer(peer, topic, body)
 
     async def restart(self, service: Service, *, force: bool, seconds: float) -> int:
@@ -251,6 +257,19 @@ class Duties:
         else:
             seen = await self._doctor.examine()
         return documents.examination(seen.findings, seen.unsettled, done)
+
+    async def _have_sentinel_rebuilt(self, node: Node) -> None:
+        if node == self._node:
+            await self._rebuild_sentinel()
+        else:
+            await self._ask_peer(node.name, REBUILD_TOPIC, {}, REBUILDING_SECONDS)
+
+    async def _rebuild_sentinel(self) -> None:
+        """Have this node's sentinel begin anew, with whom a majority names; `RefusedError` if that is nobody."""
+        named = self._view().named
+        if named is None:
+            raise RefusedError("rebuild", f"the sentinel of {self._node.name}", "no majority names a primary")
+        await self._services.rebuild_sentinel(named)
 
     @property
     def longest_stop(self) -> float:

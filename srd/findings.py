@@ -30,6 +30,7 @@ class Cure(enum.StrEnum):
 
     SET = "set"
     RESET = "reset"
+    REBUILD = "rebuild"  # its file is put aside, and it begins with the primary that a majority names
     BY_HAND = "by_hand"
 
 

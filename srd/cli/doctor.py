@@ -70,4 +70,4 @@ def _show(document: Document, *, dry_run: bool) -> None:
         click.echo(f"by hand: {remedy}")
 
 
-_CURES: Final = {"set": "--repair", "reset": "--repair"}
+_CURES: Final = {"set": "--repair", "reset": "--repair", "rebuild": "--repair"}

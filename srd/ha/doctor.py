@@ -162,26 +162,19 @@ def _duplicates(config: Config, look: Look) -> list[Finding]:
     for run_id, holders in _duplicate_ids(look).items():
         names = sorted(holders, key=order.index)
         text = f"{' and '.join(names)} have the same id, so they count as one and do not hear each other"
-        remedy = (
-            f"on {names[-1]}: delete the line `sentinel myid` of sentinel.conf and at once `srd restart sentinel`; "
-            "then srd doctor --repair, for the others list the former id"
-        )
-        found += [Finding(Trouble.DUPLICATE_ID, name, run_id, text, Cure.BY_HAND, remedy) for name in names]
+        found += [Finding(Trouble.DUPLICATE_ID, name, run_id, text, Cure.REBUILD) for name in names]
     return found
 
 
 def _of_primary(config: Config, look: Look, account: Account, primary: Endpoint | None) -> list[Finding]:
     master = config.sentinel.master
-    again = (
-        "while all the others are up: move its sentinel.conf away and `srd restart sentinel`, so that it begins anew"
-    )
-    if account.primary is None:
-        text = f"it monitors nobody of the name {master}"
-        return [Finding(Trouble.OTHER_PRIMARY, account.node, master, text, Cure.BY_HAND, again)]
+    whom = account.primary or f"nobody of the name {master}"
     if primary is None:
-        text = f"it monitors {account.primary}, and no majority of the voters monitors the same redis node"
+        text = f"it monitors {whom}, and no majority of the voters monitors the same redis node"
         remedy = "bring the silent voters up; srd doctor on the other nodes"
-        return [Finding(Trouble.OTHER_PRIMARY, account.node, account.primary, text, Cure.BY_HAND, remedy)]
+        return [Finding(Trouble.OTHER_PRIMARY, account.node, account.primary or master, text, Cure.BY_HAND, remedy)]
+    if account.primary is None:
+        return [Finding(Trouble.OTHER_PRIMARY, account.node, master, f"it monitors {whom}", Cure.REBUILD)]
     following = [other.epoch for other in look.accounts.values() if other.primary == str(primary)]
     epoch = max(following)
     if account.primary != str(primary):
@@ -189,7 +182,7 @@ def _of_primary(config: Config, look: Look, account: Account, primary: Endpoint 
         tied = account.epoch == epoch
         trouble = Trouble.EPOCH_TIE if tied else Trouble.OTHER_PRIMARY
         text += "; of one epoch neither gives way" if tied else ""
-        return [Finding(trouble, account.node, account.primary, text, Cure.BY_HAND, again)]
+        return [Finding(trouble, account.node, account.primary, text, Cure.REBUILD)]
     found = []
     if account.epoch < epoch:
         text = f"its configuration is of epoch {account.epoch}, another's of {epoch}: it hears nobody"

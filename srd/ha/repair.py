@@ -4,27 +4,32 @@ The rules of a repair.
 1. Nothing is touched unless a majority of all voters answers directly (SENTINEL CKQUORUM goes on counting a lost
    sentinel for `down-after`), a majority monitors one redis node, that one answers as master, and nothing is under way.
 2. What SENTINEL SET can mend is set. It changes no list and no epoch, so rule 1 is enough.
-3. What only SENTINEL RESET clears is reset on one sentinel, and only if, besides, no sentinel is in disorder
+3. A sentinel that has another's id, or monitors another redis than the majority, or none, is rebuilt: the srd beside it
+   puts its file aside and starts it with that primary and nothing else, so it gets an id of its own and hears the rest.
+   Only if without it a majority still answers and monitors that primary, and none of these is in disorder: whatever it
+   may have voted for, nothing is under way (rule 1), and they do not need it. Its former id is then a ghost to them.
+4. What only SENTINEL RESET clears is reset on one sentinel, and only if, besides, no sentinel is in disorder
    (doctor.DISORDER), every redis node follows the primary, every sentinel that answers lists all the others that do and
    all replicas, and without the one to be reset a majority would still answer. So with three voters all have to answer,
    with five one may be away. (Of one or two voters all are the majority, and all must answer.)
    Why every redis node: a sentinel that has forgotten one that is away could not make it a replica when it returns.
    Why every list: then nobody else is resetting a sentinel, on another node, at this moment.
-4. The next one is touched when the one that was reset has found again whoever answers, reaches the primary, has its id
-   and epoch as before, and has written its file; for that it has `FOUND_AGAIN_SECONDS`. A sentinel whose list is empty
-   takes itself for a majority of one, and only the quorum keeps it from acting alone: that is checked before. If the
-   primary dies just then, the others replace it, as they know of each other and of the replicas; it votes, too.
-5. The first thing that does not come out as expected ends the repair, with what was done before.
+5. The next one is touched when the one that was reset has found again whoever answers, reaches the primary, has its id
+   and epoch as before (one that was rebuilt has the majority's epoch), and has written its file; for that it has
+   `FOUND_AGAIN_SECONDS`. A sentinel whose list is empty takes itself for a majority of one, and only its quorum keeps
+   it from acting alone: that is checked before. If the primary dies just then, the others replace it, as they know of
+   each other and of the replicas; it votes, too.
+6. The first thing that does not come out as expected ends the repair, with what was done before.
 
 The voters are taken in the order of the file, on whatever node that is asked for, so two repairs at once meet at the
-same sentinel first, and rule 3 stops the later one.
+same sentinel first, and rule 4 stops the later one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,6 +50,7 @@ log = structlog.get_logger(__name__)
 # Between the two looks that a person waits for.
 LASTS_SECONDS: Final = 5.0
 FOUND_AGAIN_SECONDS: Final = 30.0
+REBUILD_TOPIC: Final = "rebuild"
 _POLL_SECONDS: Final = 0.5
 
 
@@ -66,7 +72,10 @@ class Repair:
 
 
 class Doctor:
-    """Keeps `findings` of the view, and repairs. One repair at a time."""
+    """Keeps `findings` of the view, and repairs. One repair at a time.
+
+    `rebuild` has the srd of a voter start its sentinel anew, with its file put aside; `SrdError` when it does not.
+    """
 
     def __init__(
         self,
@@ -74,12 +83,14 @@ class Doctor:
         secrets: Secrets,
         publish: Callable[[tuple[Finding, ...]], None],
         *,
+        rebuild: Callable[[Node], Awaitable[None]],
         lasts: float = LASTS_SECONDS,
         found_again: float = FOUND_AGAIN_SECONDS,
     ) -> None:
         self._config = config
         self._secrets = secrets
         self._publish = publish
+        self._rebuild_at = rebuild
         self._lasts = lasts
         self._found_again_seconds = found_again
         self._seen: tuple[Finding, ...] = ()
@@ -161,19 +172,26 @@ class Doctor:
                 return Repair(self._plan(before.look, work), before)
             done: list[str] = []
             try:
-                for node in self._config.voters:
-                    await self._set(node, work, done)
-                if done and any(finding.cure is Cure.RESET for finding in work):
-                    # Who announces itself rightly now is found without a reset.
-                    work = list(doctor.lasting(work, (await self.examine()).findings))
-                for node in self._config.voters:
-                    await self._reset(node, work, done)
+                await self._mend(work, done)
             except SrdError as error:
                 raise _told(error, done) from error
             after = await self.examine()
             self._seen = after.findings
             self._tell(after.findings)
             return Repair(tuple(done), after)
+
+    async def _mend(self, work: list[Finding], done: list[str]) -> None:
+        for node in self._config.voters:
+            await self._set(node, work, done)
+        for finding in _to_rebuild(work):
+            await self._rebuild(finding, done)
+        if any(finding.cure is Cure.REBUILD for finding in work):
+            work = list((await self.examine()).findings)  # the ids that were given up, too
+        elif done and any(finding.cure is Cure.RESET for finding in work):
+            # Who announces itself rightly now is found without a reset.
+            work = list(doctor.lasting(work, (await self.examine()).findings))
+        for node in self._config.voters:
+            await self._reset(node, work, done)
 
     def _plan(self, look: Look, findings: Sequence[Finding]) -> tuple[str, ...]:
         """Say what a repair would do, or refuse as it would."""
@@ -183,6 +201,12 @@ class Doctor:
             settings = [f.subject for f in findings if f.node == node.name and f.cure is Cure.SET]
             wanted = wanted_settings(self._config, node)
             plan += [f"set {name} of {node.name}'s sentinel to {wanted[name]}" for name in settings]
+        rebuilt = _to_rebuild(findings)
+        for finding in rebuilt:
+            self._require_spare(look, self._config.node(finding.node))
+            plan.append(f"put {finding.node}'s sentinel.conf aside and have it begin anew: {finding.text}")
+        if rebuilt:
+            return (*plan, "look again then, and have the others forget the ids that were given up")
         for node in self._config.voters:
             stale = [f.subject for f in findings if f.node == node.name and f.cure is Cure.RESET]
             if stale:
@@ -207,6 +231,28 @@ class Doctor:
             done.append(f"set {name} of {node.name}'s sentinel to {wanted[name]}")
             log.info("sentinel set", node=node.name, setting=name, value=wanted[name])
 
+    async def _rebuild(self, finding: Finding, done: list[str]) -> None:
+        node, look = self._config.node(finding.node), await self.look()
+        self._require_sound(look)
+        if doctor.key(finding) not in {doctor.key(found) for found in doctor.diagnose(self._config, look)}:
+            return
+        self._require_spare(look, node)
+        primary = doctor.agreed_primary(self._config, look.accounts)
+        log.warning("sentinel rebuilt", node=node.name, why=finding.text, primary=str(primary))
+        before = look.accounts[node.name].run_id
+        done.append(f"put {node.name}'s sentinel.conf aside")  # said even if the answer is lost
+        await self._rebuild_at(node)
+
+        def as_it_should_be(now: Account) -> str | None:
+            if now.run_id == before or now.primary != str(primary):
+                return f"it is {_identity(now)}"
+            epoch = max(account.epoch for account in look.accounts.values() if account.primary == str(primary))
+            return f"it has heard of no epoch {epoch}" if now.epoch < epoch else None
+
+        async with self._patient(node) as patient:
+            seconds = await self._whole_again(patient, look, as_it_should_be, "it was rebuilt")
+        done[-1] += f": its sentinel began anew, and had found all the others after {seconds:.1f} s"
+
     async def _reset(self, node: Node, findings: Sequence[Finding], done: list[str]) -> None:
         if not any(finding.node == node.name and finding.cure is Cure.RESET for finding in findings):
             return
@@ -229,26 +275,41 @@ class Doctor:
     async def _found_again(self, patient: Patient, look: Look, stale: Sequence[Finding]) -> float:
         """Return after how many seconds a sentinel that was reset is whole again; `SrdError` when it is not."""
         before, subject = _identity(look.accounts[patient.node]), f"the sentinel of {patient.node}"
-        began = boottime()
-        awaited = "it does not answer"
+
+        def the_same(now: Account) -> None:
+            if _identity(now) != before:
+                reason = f"since its reset it is {_identity(now)}; before, it was {before}"
+                raise SrdError("repair", subject, reason, "srd doctor when that is over")
+
+        def forgetful(now: Account) -> None:
+            self._require_forgotten(subject, now, stale)
+
+        return await self._whole_again(patient, look, the_same, "its reset", forgetful)
+
+    async def _whole_again(
+        self,
+        patient: Patient,
+        look: Look,
+        objection: Callable[[Account], str | None],
+        since: str,
+        whole: Callable[[Account], None] = lambda _: None,
+    ) -> float:
+        """Return after how many seconds a sentinel has found everybody again, and there is no objection to it.
+
+        `whole` has the last word; whatever it or `objection` raises ends the wait.
+        """
+        subject, began, awaited = f"the sentinel of {patient.node}", boottime(), "it does not answer"
         while boottime() - began < self._found_again_seconds:
             with contextlib.suppress(RespError):
                 now = await patient.account()
-                if _identity(now) != before:
-                    reason = f"since its reset it is {_identity(now)}; before, it was {before}"
-                    raise SrdError("repair", subject, reason, "srd doctor when that is over")
-                missing = doctor.not_listed(self._config, look, now)
-                if not missing and now.flags == {"master"}:
-                    self._require_forgotten(subject, now, stale)
+                missing, wrong = doctor.not_listed(self._config, look, now), objection(now)
+                if wrong is None and not missing and now.flags == {"master"}:
+                    whole(now)
                     return boottime() - began
                 awaited = f"it has not found {', '.join(missing)}" if missing else f"to it the primary is {now.flags}"
+                awaited = wrong if wrong is not None else awaited
             await asyncio.sleep(_POLL_SECONDS)
-        raise SrdError(
-            "repair",
-            subject,
-            f"{self._found_again_seconds:g} s after its reset {awaited}",
-            "srd links",
-        )
+        raise SrdError("repair", subject, f"{self._found_again_seconds:g} s after {since} {awaited}", "srd links")
 
     def _require_forgotten(self, subject: str, now: Account, stale: Sequence[Finding]) -> None:
         listed = {f"{entry.run_id}@{entry.at}" for entry in now.sentinels} | set(now.replicas)
@@ -269,8 +330,20 @@ class Doctor:
         if doctor.agreed_primary(config, look.accounts) is None:
             self._refuse("no majority of them monitors the same redis node")
 
+    def _require_spare(self, look: Look, node: Node) -> None:
+        """Refuse to rebuild a voter's sentinel unless rule 3 holds."""
+        primary = doctor.agreed_primary(self._config, look.accounts)
+        others = [a for name, a in look.accounts.items() if name != node.name and a.primary == str(primary)]
+        if len(others) < self._config.majority:
+            self._refuse(f"without the sentinel of {node.name} no majority would answer and monitor {primary}")
+        own = look.accounts[node.name].run_id
+        for finding in doctor.diagnose(self._config, look):
+            shared = finding.trouble is Trouble.DUPLICATE_ID and finding.subject == own
+            if finding.trouble in doctor.DISORDER and finding.node != node.name and not shared:
+                self._refuse(f"first mend that of {finding.node}: {finding.text}", finding.remedy)
+
     def _require_whole(self, look: Look, node: Node) -> None:
-        """Refuse to reset a voter's sentinel unless rule 3 holds."""
+        """Refuse to reset a voter's sentinel unless rule 4 holds."""
         config = self._config
         silent = sorted(look.silent)
         if silent and len(look.accounts) - 1 < config.majority:
@@ -295,6 +368,13 @@ class Doctor:
 
     def _refuse(self, reason: str, remedy: str = "") -> None:
         raise RefusedError("repair", "the sentinels", reason, remedy)
+
+
+def _to_rebuild(findings: Sequence[Finding]) -> list[Finding]:
+    """Return whose sentinels a repair rebuilds: of those that have one id, all but the first."""
+    found = [finding for finding in findings if finding.cure is Cure.REBUILD]
+    firsts = {f.subject: f for f in reversed(found) if f.trouble is Trouble.DUPLICATE_ID}
+    return [finding for finding in found if finding not in firsts.values()]
 
 
 def _identity(account: Account) -> str:

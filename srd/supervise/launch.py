@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -32,6 +33,9 @@ log = structlog.get_logger(__name__)
 # A redis that has loaded its files lives longer; to look into them is worth the time only for one that has not.
 SOON_SECONDS: Final = 60.0
 
+# Of what sentinel kept before it was rebuilt; one such file stays.
+FORMER_SUFFIX: Final = ".former"
+
 TLS_FILES: Final = ("tls.crt", "tls.key", "ca.crt")
 
 
@@ -49,6 +53,11 @@ class Launcher:
         self._tls_sockets = tls_sockets
         self._last_redis = float("-inf")  # when redis was last started, in CLOCK_BOOTTIME seconds
         self._shown: Shown | None = None  # what stunnel was last given, once that is known
+        self._rebuilt_for: Endpoint | None = None  # the primary with which sentinel is to begin anew
+
+    def rebuild_sentinel(self, primary: Endpoint) -> None:
+        """Have the next start of sentinel put its file aside, and begin with this primary and nothing else."""
+        self._rebuilt_for = primary
 
     def adopt(self, config: Config) -> None:
         """Render the next files by a changed cluster.toml."""
@@ -189,15 +198,20 @@ class Launcher:
 
     def _write_sentinel(self, owner: Owner, start: Start) -> None:
         file = self._file(Service.SENTINEL)
-        if owner.do(lambda: os.path.lexists(file)):
+        primary = self._rebuilt_for
+        if primary is not None:
+            owner.do(lambda: _put_aside(file))
+        elif owner.do(lambda: os.path.lexists(file)):
             return
-        if start.hold is not None:
+        elif start.hold is not None:
             raise SrdError("write", str(file), f"who is primary is not known: {start.hold}")
-        first = self._node if self._node.kind is NodeKind.REDIS else self._config.redis_nodes[0]
-        primary = start.primary or Endpoint(first.address, self._config.redis.port)
+        else:
+            first = self._node if self._node.kind is NodeKind.REDIS else self._config.redis_nodes[0]
+            primary = start.primary or Endpoint(first.address, self._config.redis.port)
         directory = self._paths.service_dir(Service.SENTINEL)
         text = render.sentinel_conf(self._config, self._node, self._secrets, directory, primary)
         write_private(file, text.encode(), owner)
+        self._rebuilt_for = None
 
     def write_tls(self) -> None:
         """Give stunnel the bundle's certificate, key and authority."""
@@ -219,3 +233,11 @@ class Launcher:
         self.write_tls()
         text = render.stunnel_conf(self._config, self._node, self._paths.service_dir(Service.STUNNEL))
         write_private(self._file(Service.STUNNEL), text.encode(), owner)
+
+
+def _put_aside(file: Path) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):  # an attempt before has done it
+            file.replace(file.with_name(file.name + FORMER_SUFFIX))
+    except OSError as error:
+        raise SrdError("put aside", str(file), error.strerror or str(error)) from error

@@ -17,7 +17,7 @@ import structlog
 from srd import desired
 from srd.cluster import Config, Node
 from srd.listening import Listeners
-from srd.model import Paths, Role, Secrets, Service, SrdError
+from srd.model import Endpoint, Paths, Role, Secrets, Service, SrdError
 from srd.reconcile import until_first
 from srd.state import Situation, Store, services_of
 from srd.supervise.adopt import (
@@ -210,6 +210,11 @@ class Services:
             await self._processes[service].stop(self.grace(service))
             self._by_hand.add(service)
         self._wake()
+
+    async def rebuild_sentinel(self, primary: Endpoint) -> None:
+        """Restart sentinel with this primary and nothing else; what it kept is put aside."""
+        self._launcher.rebuild_sentinel(primary)
+        await self.restart(Service.SENTINEL)
 
     async def keep_data(self) -> None:
         """Keep a copy of redis' files, which are about to be replaced by another node's, if the disk is so quick."""

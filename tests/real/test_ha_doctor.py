@@ -49,7 +49,21 @@ async def paced(cluster: Cluster) -> None:
 
 def doctor_of(cluster: Cluster, published: list[tuple[Finding, ...]] | None = None, **options: float) -> Doctor:
     publish = published.append if published is not None else lambda _: None
-    return Doctor(cluster.config, SECRETS, publish, **{"lasts": 1.0, **options})
+
+    async def rebuild(node: Node) -> None:
+        """Do what the srd of that node does; the primary is n1 here."""
+        cluster.kill(f"sentinel-{node.name}")
+        conf(cluster, node.name).rename(conf(cluster, node.name).with_name("former"))
+        cluster.sentinel(node.name)
+        async with sentinel_client(cluster, node.name) as client:
+
+            async def paced_again() -> bool:
+                await client.keep_pace()
+                return True
+
+            await until(paced_again)
+
+    return Doctor(cluster.config, SECRETS, publish, rebuild=rebuild, **{"lasts": 1.0, **options})
 
 
 def troubles(seen: Examination) -> set[tuple[str, Trouble]]:
@@ -198,7 +212,16 @@ async def test_a_replica_that_was_removed_and_one_without_a_port_are_forgotten(c
     doctor = doctor_of(cluster)
     with with_fourth(cluster):
         cluster.redis("n4")
+
+    async def both_listed() -> bool:
+        lists = [(await account(cluster, name)).replicas for name in NAMES]
+        return all(
+            any(at.endswith(":0") for at in replicas) and any(at.startswith(f"{FOURTH.address}:") for at in replicas)
+            for replicas in lists
+        )
+
     async with nameless_replica(cluster):
+        await until(both_listed)
         alive = await found(doctor, everywhere(Trouble.STRANGE_REPLICA))
         following = {finding.subject for finding in alive.findings}
         assert {place.partition(":")[2] for place in following} == {"0", str(cluster.config.redis.port)}
@@ -287,27 +310,57 @@ async def test_a_lost_id_is_nothing_to_mend(cluster: Cluster) -> None:
     assert (await account(cluster, "n3")).run_id != former
 
 
-async def test_an_id_that_two_have_is_said_and_stops_a_repair_until_a_person_has_mended_it(cluster: Cluster) -> None:
-    await paced(cluster)
-    doctor = doctor_of(cluster)
+async def have_one_id(cluster: Cluster) -> str:
+    """Have n3 come back with the id that n2 has, as if its files had been copied; return that."""
     second = await account(cluster, "n2")
     cluster.kill("sentinel-n3")
     text = re.sub(r"(?m)^sentinel myid .*$", f"sentinel myid {second.run_id}", conf(cluster, "n3").read_text())
     text = re.sub(r"(?m)^sentinel known-sentinel .*\n", "", text)
     conf(cluster, "n3").write_text(text)
     cluster.sentinel("n3")
+    return second.run_id
+
+
+async def test_of_two_with_one_id_the_later_one_gets_another_and_the_others_forget_what_it_had(
+    cluster: Cluster,
+) -> None:
+    await paced(cluster)
+    doctor = doctor_of(cluster)
+    shared = await have_one_id(cluster)
     ghosts = everywhere(Trouble.GHOST_SENTINEL, ("n1", "n2"))  # the id that n3 had before
-    seen = await found(doctor, everywhere(Trouble.DUPLICATE_ID, ("n2", "n3")) | ghosts)
-    for finding in seen.findings:
-        if finding.trouble is Trouble.DUPLICATE_ID:
-            assert finding.remedy.startswith("on n3: delete the line `sentinel myid`")
-    with pytest.raises(RefusedError, match="first mend that of n2: n2 and n3 have the same id"):
-        await doctor.repair(dry_run=False)
-    with pytest.raises(RefusedError, match="first mend that of n2"):
-        await doctor.repair(dry_run=True)
-    conf(cluster, "n3").write_text(without_id(conf(cluster, "n3").read_text()))
-    cluster.kill("sentinel-n3")
-    await met(cluster)
+    await found(doctor, everywhere(Trouble.DUPLICATE_ID, ("n2", "n3")) | ghosts)
+    planned = await doctor.repair(dry_run=True)
+    assert [sentence.partition(":")[0] for sentence in planned.done] == [
+        "put n3's sentinel.conf aside and have it begin anew",
+        "look again then, and have the others forget the ids that were given up",
+    ]
+    assert (await account(cluster, "n3")).run_id == shared
+    mended = await doctor.repair(dry_run=False)
+    assert mended.done[0].startswith("put n3's sentinel.conf aside: its sentinel began anew")
+    assert mended.after.findings == ()
+    assert (await account(cluster, "n2")).run_id == shared
+    assert (await account(cluster, "n3")).run_id != shared
+    await nothing_to_do(doctor, cluster)
+
+
+async def test_no_sentinel_is_rebuilt_that_a_majority_needs(cluster: Cluster) -> None:
+    await paced(cluster)
+    doctor = doctor_of(cluster)
+    shared = await have_one_id(cluster)
+    cluster.kill("sentinel-n1")
+    silent_and_ghost = {("n1", Trouble.SILENT), ("n2", Trouble.GHOST_SENTINEL)}
+    await found(doctor, everywhere(Trouble.DUPLICATE_ID, ("n2", "n3")) | silent_and_ghost)
+    for dry_run in (True, False):
+        with pytest.raises(RefusedError, match="without the sentinel of n3 no majority would answer and monitor"):
+            await doctor.repair(dry_run=dry_run)
+    assert (await account(cluster, "n3")).run_id == shared
+
+
+async def test_a_sentinel_that_monitors_nobody_begins_anew(cluster: Cluster) -> None:
+    await paced(cluster)
+    doctor = doctor_of(cluster)
+    await tell(cluster, "n3", "REMOVE", cluster.config.sentinel.master)
+    await found(doctor, {("n3", Trouble.OTHER_PRIMARY)})
     assert (await doctor.repair(dry_run=False)).after.findings == ()
     await nothing_to_do(doctor, cluster)
 
@@ -325,10 +378,7 @@ async def test_a_sentinel_that_monitors_another_in_the_same_epoch_begins_anew(cl
     cluster.sentinel("n3")
     seen = await found(doctor, {("n3", Trouble.EPOCH_TIE)})
     assert seen.findings[0].subject == f"{address}:{port}"
-    conf(cluster, "n3").rename(conf(cluster, "n3").with_name("away.conf"))
-    cluster.kill("sentinel-n3")
-    await met(cluster)
-    assert (await doctor.examine()).findings == ()
+    assert (await doctor.repair(dry_run=False)).after.findings == ()
     await nothing_to_do(doctor, cluster)
 
 

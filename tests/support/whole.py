@@ -53,7 +53,7 @@ class Whole:
 
     def __init__(self, root: Path, text: str, namespace: str) -> None:
         self.root = root
-        self._namespace = namespace
+        self.namespace = namespace
         self.config = parse_config(text, "test")
         self.bundles: dict[str, Bundle] = make_bundles(root, text)
         self.names = [node.name for node in self.config.nodes]
@@ -76,7 +76,7 @@ class Whole:
             }
             with (self.root / f"{name}.log").open("ab") as log:
                 self.running[name] = subprocess.Popen(
-                    ["ip", "netns", "exec", self._namespace, sys.executable, "-m", "srd", "run"],
+                    ["ip", "netns", "exec", self.namespace, sys.executable, "-m", "srd", "run"],
                     env=environment,
                     stdout=log,
                     stderr=log,
@@ -115,7 +115,7 @@ class Whole:
     def get(self, name: str, path: str) -> tuple[int, Any]:
         url = f"http://{self.config.node(name).address}:{self.config.http.port}{path}"
         try:
-            with inside(self._namespace), urllib.request.urlopen(url, timeout=2) as answer:
+            with inside(self.namespace), urllib.request.urlopen(url, timeout=2) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"null")
@@ -163,7 +163,7 @@ class Whole:
             socket_timeout=5,
             decode_responses=True,
         )
-        with inside(self._namespace), client:
+        with inside(self.namespace), client:
             yield client
 
     def ask(self, name: str, *command: object) -> Any:
