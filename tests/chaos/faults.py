@@ -219,6 +219,32 @@ def switch_over(world: World, victims: tuple[str, ...], __: str) -> Iterator[Non
     yield
 
 
+@contextlib.contextmanager
+def kill_in_switchover(world: World, victims: tuple[str, ...], what: str) -> Iterator[None]:
+    """kill -9 of redis or srd, of the primary or of whom it is handed to, in the milliseconds in which it is."""
+    primary, victim = world.primary(), victims[0]
+    if primary is None:
+        raise NotNowError("nobody is primary")
+    whereto = () if victim == primary else ("--to", victim)
+    pid = world.srd(victim) if what == "srd" else world.child(victim, what)
+
+    def switch() -> None:
+        with contextlib.suppress(NotNowError):  # whoever is asked may be killed
+            world.on(primary, "srd", "switchover", *whereto, check=False)
+
+    switching = threading.Thread(target=switch)
+    switching.start()
+    while not (handed := b"handed_over" in world.get(primary, "/primary")[1]) and switching.is_alive():
+        pass
+    if not handed:
+        raise NotNowError("it was refused")
+    world.send(victim, pid, signal.SIGKILL)
+    yield
+    if what == "srd":
+        world.revive(victim)
+    switching.join()
+
+
 _AT_ONCE: Final = (0.0, 0.0)
 
 # Where nodes share a kernel, and with it the clock.
@@ -240,6 +266,7 @@ KINDS: Final = {
     "fill disk": Kind(fill_disk),
     "flush xfrm": Kind(flush_xfrm, ("state", "policy"), impairs=False, lasting=_AT_ONCE),
     "switchover": Kind(switch_over, impairs=False, lasting=_AT_ONCE, nodes="another"),
+    "kill in switchover": Kind(kill_in_switchover, ("redis", "srd")),
 }
 
 # Where each has its own, and a service manager. Whatever there is by name is here.
