@@ -266,7 +266,7 @@ KINDS: Final = {
     "fill disk": Kind(fill_disk),
     "flush xfrm": Kind(flush_xfrm, ("state", "policy"), impairs=False, lasting=_AT_ONCE),
     "switchover": Kind(switch_over, impairs=False, lasting=_AT_ONCE, nodes="another"),
-    "kill in switchover": Kind(kill_in_switchover, ("redis", "srd")),
+    "kill in switchover": Kind(kill_in_switchover, ("redis", "srd"), lasting=(5.0, 14.0)),  # until it is: 2 to 3 s
 }
 
 # Where each has its own, and a service manager. Whatever there is by name is here.
