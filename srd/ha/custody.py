@@ -81,6 +81,10 @@ class Custody:
         """Return to whom the lease was given, if it has not ended."""
         return self.heir if now < self.given_until else None
 
+    def may_lead(self, now: float) -> bool:
+        """Whether another node may lead by what this one has given it: it was told, and that has not ended."""
+        return self.told and now < self.given_until
+
     def declined(self) -> None:
         """Take note that the heir has not taken it, and will not: it is as if it had not been told."""
         self.told = False

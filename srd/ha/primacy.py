@@ -14,7 +14,7 @@ from typing import Any, Final
 import structlog
 
 from srd.changes import ChangeKind
-from srd.cluster import Config, Node
+from srd.cluster import LEASE_SECONDS, Config, Node
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.bequest import Bequest
@@ -35,7 +35,7 @@ from srd.ha.restart import Death
 from srd.ha.switchover import Switchover
 from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, SrdError
 from srd.reconcile import Loop, boottime, contained
-from srd.state import Redis, Situation, Store
+from srd.state import Redis, Situation, Store, View
 
 log = structlog.get_logger(__name__)
 
@@ -291,15 +291,33 @@ class Primacy:
     def _judge(self) -> None:
         self.observer.judge()
 
+    async def _is_succeeded(self, own: Endpoint) -> bool:
+        """Return whether the sentinels come to name another node, while one may lead by what was given to it."""
+
+        def decided(view: View) -> bool:
+            return view.named not in (None, own) or not self._custody.may_lead(boottime())
+
+        with contextlib.suppress(TimeoutError):
+            await self._store.wait_for(decided, LEASE_SECONDS)
+        return self._situation().view.named not in (None, own)
+
     async def _have_it_replaced(self) -> None:
-        """Whenever this node's redis has died as the primary: have the sentinels choose another at once."""
+        """Whenever this node's redis has died as the primary: have the sentinels choose another at once.
+
+        Not while a successor may lead already, to whom it was switched over: they name that one soon, and whom they
+        chose now would take its place.
+        """
         while True:
             await self._died.wait()
             self._died.clear()
+            own = endpoint_of(self._config, self._node)
+            if self._custody.may_lead(boottime()) and await self._is_succeeded(own):
+                self._seen_to.set()
+                continue
             since = self._death.at if self._death is not None else None
             replace = partial(self.failover.replace, self._node, "its redis has ended", since=since)
             await contained("failover", replace)
             self._seen_to.set()
             await asyncio.sleep(UNFIT_SECONDS)
-            if self._situation().view.named == endpoint_of(self._config, self._node):
+            if self._situation().view.named == own:
                 await contained("failover", replace)  # they may not have been of one mind, and it is told again

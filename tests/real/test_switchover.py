@@ -104,6 +104,38 @@ async def test_a_primary_that_dies_just_after_a_switchover_is_replaced_as_soon(
         await writes(cluster, successor.name)
 
 
+async def test_a_former_primary_whose_redis_dies_while_it_hands_over_has_its_successor_replaced_by_nobody(
+    cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with watched(srds, *NAMES):
+        old = srds["n1"].primacy._fleet.redises["n1"]
+        really, told = old.end_clients, [srd.primacy._fleet.sentinels for srd in srds.values()]
+        hurried: list[str] = []
+
+        async def dies(seconds: float) -> None:
+            cluster.kill("redis-n1")
+            srds["n1"].redis_died()
+            await really(seconds)
+
+        for sentinels in told:
+            for sentinel in sentinels.values():
+                monkeypatch.setattr(sentinel, "ask_others_every", noting(hurried, sentinel.ask_others_every))
+        monkeypatch.setattr(old, "end_clients", dies)
+        await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
+        await settled(cluster, cluster.endpoint("n2"))
+        assert srds["n2"].leads()
+        await writes(cluster, "n2")
+        assert hurried == []
+
+
+def noting(noted: list[str], really: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    async def note(*arguments: object) -> None:
+        noted.append(str(arguments))
+        await really(*arguments)
+
+    return note
+
+
 async def test_clients_are_cut_off_when_the_successor_leads_and_not_before(
     srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
