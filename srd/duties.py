@@ -14,11 +14,12 @@ from srd.control import documents
 from srd.desired import Start
 from srd.ha import restart
 from srd.ha.primacy import LONGEST_FAREWELL_SECONDS, Primacy
-from srd.ha.repair import REBUILD_TOPIC, Doctor
+from srd.ha.rebuild import REBUILD_TOPIC, against_rebuild
+from srd.ha.repair import Doctor
 from srd.ledger import Ledger
 from srd.maintenance import PAUSE_TOPIC, Maintenance
 from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
-from srd.reconcile import Loop
+from srd.reconcile import Loop, boottime
 from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.setback import Setback
 from srd.state import ChildState, Redis, Situation, Store, View, services_of
@@ -210,7 +211,10 @@ class Duties:
         if topic in (RESTART_TOPIC, STATE_TOPIC):
             return self._restarts.answer(topic, body)
         if topic == REBUILD_TOPIC:
-            await self._rebuild_sentinel()
+            try:
+                await self._rebuild_sentinel(body)
+            except RefusedError as error:
+                return {"why": error.reason}
             return {}
         return await self._primacy.answer(peer, topic, body)
 
@@ -258,18 +262,26 @@ class Duties:
             seen = await self._doctor.examine()
         return documents.examination(seen.findings, seen.unsettled, done)
 
-    async def _have_sentinel_rebuilt(self, node: Node) -> None:
+    async def _have_sentinel_rebuilt(self, node: Node, wish: Body) -> None:
         if node == self._node:
-            await self._rebuild_sentinel()
-        else:
-            await self._ask_peer(node.name, REBUILD_TOPIC, {}, REBUILDING_SECONDS)
+            await self._rebuild_sentinel(wish)
+            return
+        answer = await self._ask_peer(node.name, REBUILD_TOPIC, wish, REBUILDING_SECONDS)
+        if "why" in answer:
+            raise RefusedError("rebuild", f"the sentinel of {node.name}", str(answer["why"]))
 
-    async def _rebuild_sentinel(self) -> None:
-        """Have this node's sentinel begin anew, with whom a majority names; `RefusedError` if that is nobody."""
-        named = self._view().named
-        if named is None:
-            raise RefusedError("rebuild", f"the sentinel of {self._node.name}", "no majority names a primary")
-        await self._services.rebuild_sentinel(named)
+    async def _rebuild_sentinel(self, wish: Body) -> None:
+        """Have this node's sentinel begin anew, as a doctor wishes; `RefusedError` where that is not so any more."""
+        asked, named = boottime(), self._view().named
+
+        def fit() -> None:
+            reason = against_rebuild(self._situation(), wish, asked)
+            if reason is not None:
+                raise RefusedError("rebuild", f"the sentinel of {self._node.name}", reason)
+
+        fit()
+        if named is not None:
+            await self._services.rebuild_sentinel(named, fit=fit)
 
     @property
     def longest_stop(self) -> float:

@@ -97,6 +97,7 @@ class Custody:
     def take(self, offer: Offer, *, promoted: float) -> None:
         """Have been given what is left of a lease; from `promoted` on this node's redis is known to be primary."""
         self.granted_by, self.granted_at = offer.source, promoted
+        self.told = False  # whoever was given this node's own is not before it any more
         self.granted_until = max(self.granted_until, offer.since + offer.seconds)
         self.assured_until = max(self.assured_until, offer.since + offer.assured)
 

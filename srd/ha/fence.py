@@ -106,7 +106,8 @@ class Fence:
         if replaced is None and followed is None and wanted == redis.min_replicas_to_write:
             return
         if followed is not None:
-            log.warning("following", primary=str(followed), why="it has stepped down, and missed whom to follow")
+            log.warning("following", primary=str(followed), why="it has stepped down, and follows nobody")
+            await self._keep_data()  # whom it handed over to has it all, but this may be somebody else
             await self._client.follow(followed)
         elif replaced is not None:
             log.warning("following", primary=str(replaced), why="a majority of the sentinels names it")

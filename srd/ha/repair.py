@@ -6,8 +6,9 @@ The rules of a repair.
 2. What SENTINEL SET can mend is set. It changes no list and no epoch, so rule 1 is enough.
 3. A sentinel that has another's id, or monitors another redis than the majority, or none, is rebuilt: the srd beside it
    puts its file aside and starts it with that primary and nothing else, so it gets an id of its own and hears the rest.
-   Only if without it a majority still answers and monitors that primary, and none of these is in disorder: whatever it
-   may have voted for, nothing is under way (rule 1), and they do not need it. Its former id is then a ghost to them.
+   Only if without it a majority, each by an id of its own, still answers and monitors that primary, and none of these
+   is in disorder otherwise. It forgets for whom it has voted: so the srd beside it looks once more, when it is about to
+   end it, that no failover is near (ha/rebuild.py). Its former id is then a ghost to the others.
 4. What only SENTINEL RESET clears is reset on one sentinel, and only if, besides, no sentinel is in disorder
    (doctor.DISORDER), every redis node follows the primary, every sentinel that answers lists all the others that do and
    all replicas, and without the one to be reset a majority would still answer. So with three voters all have to answer,
@@ -22,13 +23,14 @@ The rules of a repair.
 6. The first thing that does not come out as expected ends the repair, with what was done before.
 
 The voters are taken in the order of the file, on whatever node that is asked for, so two repairs at once meet at the
-same sentinel first, and rule 4 stops the later one.
+same sentinel first, and rule 4, or for a rebuild the id that is given up, stops the later one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -40,9 +42,10 @@ from srd.findings import Cure, Finding, Trouble
 from srd.ha import doctor
 from srd.ha.doctor import Look
 from srd.ha.patient import Account, Patient, wanted_settings
+from srd.ha.rebuild import to_rebuild
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
-from srd.model import Endpoint, RefusedError, Secrets, SrdError
+from srd.model import Body, Endpoint, RefusedError, Secrets, SrdError
 from srd.reconcile import boottime
 
 log = structlog.get_logger(__name__)
@@ -50,7 +53,6 @@ log = structlog.get_logger(__name__)
 # Between the two looks that a person waits for.
 LASTS_SECONDS: Final = 5.0
 FOUND_AGAIN_SECONDS: Final = 30.0
-REBUILD_TOPIC: Final = "rebuild"
 _POLL_SECONDS: Final = 0.5
 
 
@@ -74,7 +76,8 @@ class Repair:
 class Doctor:
     """Keeps `findings` of the view, and repairs. One repair at a time.
 
-    `rebuild` has the srd of a voter start its sentinel anew, with its file put aside; `SrdError` when it does not.
+    `rebuild` has the srd of a voter rebuild its sentinel, by the words of ha/rebuild.py: `RefusedError` when it has
+    not, another `SrdError` when that is not known.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Doctor:
         secrets: Secrets,
         publish: Callable[[tuple[Finding, ...]], None],
         *,
-        rebuild: Callable[[Node], Awaitable[None]],
+        rebuild: Callable[[Node, Body], Awaitable[None]],
         lasts: float = LASTS_SECONDS,
         found_again: float = FOUND_AGAIN_SECONDS,
     ) -> None:
@@ -183,7 +186,7 @@ class Doctor:
     async def _mend(self, work: list[Finding], done: list[str]) -> None:
         for node in self._config.voters:
             await self._set(node, work, done)
-        for finding in _to_rebuild(work):
+        for finding in to_rebuild(work):
             await self._rebuild(finding, done)
         if any(finding.cure is Cure.REBUILD for finding in work):
             work = list((await self.examine()).findings)  # the ids that were given up, too
@@ -201,12 +204,12 @@ class Doctor:
             settings = [f.subject for f in findings if f.node == node.name and f.cure is Cure.SET]
             wanted = wanted_settings(self._config, node)
             plan += [f"set {name} of {node.name}'s sentinel to {wanted[name]}" for name in settings]
-        rebuilt = _to_rebuild(findings)
+        rebuilt = to_rebuild(findings)
         for finding in rebuilt:
             self._require_spare(look, self._config.node(finding.node))
             plan.append(f"put {finding.node}'s sentinel.conf aside and have it begin anew: {finding.text}")
         if rebuilt:
-            return (*plan, "look again then, and have the others forget the ids that were given up")
+            return (*plan, "look again then, and reset whoever still lists what is gone")
         for node in self._config.voters:
             stale = [f.subject for f in findings if f.node == node.name and f.cure is Cure.RESET]
             if stale:
@@ -240,8 +243,14 @@ class Doctor:
         primary = doctor.agreed_primary(self._config, look.accounts)
         log.warning("sentinel rebuilt", node=node.name, why=finding.text, primary=str(primary))
         before = look.accounts[node.name].run_id
-        done.append(f"put {node.name}'s sentinel.conf aside")  # said even if the answer is lost
-        await self._rebuild_at(node)
+        try:
+            await self._rebuild_at(node, {"primary": str(primary), "run_id": before})
+        except RefusedError:
+            raise
+        except SrdError:
+            done.append(f"asked the srd of {node.name} to rebuild its sentinel, which did not say whether it has")
+            raise
+        done.append(f"put {node.name}'s sentinel.conf aside")
 
         def as_it_should_be(now: Account) -> str | None:
             if now.run_id == before or now.primary != str(primary):
@@ -250,7 +259,10 @@ class Doctor:
             return f"it has heard of no epoch {epoch}" if now.epoch < epoch else None
 
         async with self._patient(node) as patient:
-            seconds = await self._whole_again(patient, look, as_it_should_be, "it was rebuilt")
+            told_apart = {a.node: a for a in (*self._others(look, node), look.accounts[node.name])}
+            seconds = await self._whole_again(
+                patient, dataclasses.replace(look, accounts=told_apart), as_it_should_be, "it was rebuilt"
+            )
         done[-1] += f": its sentinel began anew, and had found all the others after {seconds:.1f} s"
 
     async def _reset(self, node: Node, findings: Sequence[Finding], done: list[str]) -> None:
@@ -332,15 +344,23 @@ class Doctor:
 
     def _require_spare(self, look: Look, node: Node) -> None:
         """Refuse to rebuild a voter's sentinel unless rule 3 holds."""
-        primary = doctor.agreed_primary(self._config, look.accounts)
-        others = [a for name, a in look.accounts.items() if name != node.name and a.primary == str(primary)]
+        primary, others = doctor.agreed_primary(self._config, look.accounts), self._others(look, node)
         if len(others) < self._config.majority:
             self._refuse(f"without the sentinel of {node.name} no majority would answer and monitor {primary}")
-        own = look.accounts[node.name].run_id
+        names = {account.node for account in others}
         for finding in doctor.diagnose(self._config, look):
-            shared = finding.trouble is Trouble.DUPLICATE_ID and finding.subject == own
-            if finding.trouble in doctor.DISORDER and finding.node != node.name and not shared:
+            if finding.trouble in doctor.DISORDER - {Trouble.DUPLICATE_ID} and finding.node in names:
                 self._refuse(f"first mend that of {finding.node}: {finding.text}", finding.remedy)
+
+    def _others(self, look: Look, node: Node) -> list[Account]:
+        """Return who monitors the majority's primary beside a voter; of several with one id the first."""
+        primary = str(doctor.agreed_primary(self._config, look.accounts))
+        voters = [look.accounts[v.name] for v in self._config.voters if v != node and v.name in look.accounts]
+        found: dict[str, Account] = {}
+        for account in voters:
+            if account.primary == primary:
+                found.setdefault(account.run_id, account)
+        return list(found.values())
 
     def _require_whole(self, look: Look, node: Node) -> None:
         """Refuse to reset a voter's sentinel unless rule 4 holds."""
@@ -368,13 +388,6 @@ class Doctor:
 
     def _refuse(self, reason: str, remedy: str = "") -> None:
         raise RefusedError("repair", "the sentinels", reason, remedy)
-
-
-def _to_rebuild(findings: Sequence[Finding]) -> list[Finding]:
-    """Return whose sentinels a repair rebuilds: of those that have one id, all but the first."""
-    found = [finding for finding in findings if finding.cure is Cure.REBUILD]
-    firsts = {f.subject: f for f in reversed(found) if f.trouble is Trouble.DUPLICATE_ID}
-    return [finding for finding in found if finding not in firsts.values()]
 
 
 def _identity(account: Account) -> str:

@@ -105,7 +105,7 @@ class SentinelClient:
             )
             tilt = Fields.of_info(subject, [about]).get("sentinel_tilt", flag)
             if named is None:
-                return SentinelAnswer(self.node, asked, None, 0, tilt, 0, 0)
+                return SentinelAnswer(self.node, asked, None, 0, tilt, 0, 0, run_id=checked(subject, own_id, str))
             master = Fields.of_list(subject, shown)
             former, self._watched = self._watched, master.endpoint("ip", "port")
             if self._watched == former:

@@ -53,11 +53,6 @@ class Launcher:
         self._tls_sockets = tls_sockets
         self._last_redis = float("-inf")  # when redis was last started, in CLOCK_BOOTTIME seconds
         self._shown: Shown | None = None  # what stunnel was last given, once that is known
-        self._rebuilt_for: Endpoint | None = None  # the primary with which sentinel is to begin anew
-
-    def rebuild_sentinel(self, primary: Endpoint) -> None:
-        """Have the next start of sentinel put its file aside, and begin with this primary and nothing else."""
-        self._rebuilt_for = primary
 
     def adopt(self, config: Config) -> None:
         """Render the next files by a changed cluster.toml."""
@@ -198,20 +193,23 @@ class Launcher:
 
     def _write_sentinel(self, owner: Owner, start: Start) -> None:
         file = self._file(Service.SENTINEL)
-        primary = self._rebuilt_for
-        if primary is not None:
-            owner.do(lambda: _put_aside(file))
-        elif owner.do(lambda: os.path.lexists(file)):
+        if owner.do(lambda: os.path.lexists(file)):
             return
-        elif start.hold is not None:
+        if start.hold is not None:
             raise SrdError("write", str(file), f"who is primary is not known: {start.hold}")
-        else:
-            first = self._node if self._node.kind is NodeKind.REDIS else self._config.redis_nodes[0]
-            primary = start.primary or Endpoint(first.address, self._config.redis.port)
+        first = self._node if self._node.kind is NodeKind.REDIS else self._config.redis_nodes[0]
+        self._render_sentinel(owner, start.primary or Endpoint(first.address, self._config.redis.port))
+
+    def rebuild_sentinel(self, primary: Endpoint) -> None:
+        """Put the file of a sentinel that has ended aside, and write one that has this primary and nothing else."""
+        owner, file = programs.owner_of(self._config, Service.SENTINEL), self._file(Service.SENTINEL)
+        owner.do(lambda: _put_aside(file))
+        self._render_sentinel(owner, primary)
+
+    def _render_sentinel(self, owner: Owner, primary: Endpoint) -> None:
         directory = self._paths.service_dir(Service.SENTINEL)
         text = render.sentinel_conf(self._config, self._node, self._secrets, directory, primary)
-        write_private(file, text.encode(), owner)
-        self._rebuilt_for = None
+        write_private(self._file(Service.SENTINEL), text.encode(), owner)
 
     def write_tls(self) -> None:
         """Give stunnel the bundle's certificate, key and authority."""
@@ -237,7 +235,7 @@ class Launcher:
 
 def _put_aside(file: Path) -> None:
     try:
-        with contextlib.suppress(FileNotFoundError):  # an attempt before has done it
+        with contextlib.suppress(FileNotFoundError):
             file.replace(file.with_name(file.name + FORMER_SUFFIX))
     except OSError as error:
         raise SrdError("put aside", str(file), error.strerror or str(error)) from error

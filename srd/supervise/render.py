@@ -2,7 +2,8 @@
 
 redis.conf is rendered whole at every start, because Sentinel has CONFIG REWRITE written into it and the last line of a
 directive wins. sentinel.conf holds Sentinel's votes and what it learnt; losing that can give two votes in one epoch, so
-it is rendered once, for a node that has none.
+it is rendered once, for a node that has none, and anew only where a doctor has seen to it that nobody stands for
+election (ha/rebuild.py).
 """
 
 from __future__ import annotations

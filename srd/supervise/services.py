@@ -18,7 +18,7 @@ from srd import desired
 from srd.cluster import Config, Node
 from srd.listening import Listeners
 from srd.model import Endpoint, Paths, Role, Secrets, Service, SrdError
-from srd.reconcile import until_first
+from srd.reconcile import to_its_end, until_first
 from srd.state import Situation, Store, services_of
 from srd.supervise.adopt import (
     FOLLOWS_NAME,
@@ -211,10 +211,23 @@ class Services:
             self._by_hand.add(service)
         self._wake()
 
-    async def rebuild_sentinel(self, primary: Endpoint) -> None:
-        """Restart sentinel with this primary and nothing else; what it kept is put aside."""
-        self._launcher.rebuild_sentinel(primary)
-        await self.restart(Service.SENTINEL)
+    async def rebuild_sentinel(self, primary: Endpoint, *, fit: Callable[[], None]) -> None:
+        """Have sentinel begin anew with this primary and nothing else: what it kept is put aside. Done to its end.
+
+        `fit` raises what speaks against it when it is its turn.
+        """
+
+        async def step() -> None:
+            async with self._one_pass:
+                fit()
+                await self._processes[Service.SENTINEL].stop(self.grace(Service.SENTINEL))
+                self._by_hand.add(Service.SENTINEL)
+                await asyncio.to_thread(self._launcher.rebuild_sentinel, primary)
+
+        try:
+            await to_its_end(step())
+        finally:
+            self._wake()
 
     async def keep_data(self) -> None:
         """Keep a copy of redis' files, which are about to be replaced by another node's, if the disk is so quick."""

@@ -238,11 +238,13 @@ def kill_in_switchover(world: World, victims: tuple[str, ...], what: str) -> Ite
         pass
     if not handed:
         raise NotNowError("it was refused")
-    world.send(victim, pid, signal.SIGKILL)
-    yield
-    if what == "srd":
-        world.revive(victim)
-    switching.join()
+    try:
+        world.send(victim, pid, signal.SIGKILL)
+        yield
+        if what == "srd":
+            world.revive(victim)
+    finally:
+        switching.join()
 
 
 _AT_ONCE: Final = (0.0, 0.0)
@@ -266,7 +268,8 @@ KINDS: Final = {
     "fill disk": Kind(fill_disk),
     "flush xfrm": Kind(flush_xfrm, ("state", "policy"), impairs=False, lasting=_AT_ONCE),
     "switchover": Kind(switch_over, impairs=False, lasting=_AT_ONCE, nodes="another"),
-    "kill in switchover": Kind(kill_in_switchover, ("redis", "srd"), lasting=(5.0, 14.0)),  # until it is: 2 to 3 s
+    # With the 2 to 3 s until it hands over.
+    "kill in switchover": Kind(kill_in_switchover, ("redis", "srd"), lasting=(5.0, 14.0)),
 }
 
 # Where each has its own, and a service manager. Whatever there is by name is here.

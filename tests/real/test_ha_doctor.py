@@ -50,8 +50,9 @@ async def paced(cluster: Cluster) -> None:
 def doctor_of(cluster: Cluster, published: list[tuple[Finding, ...]] | None = None, **options: float) -> Doctor:
     publish = published.append if published is not None else lambda _: None
 
-    async def rebuild(node: Node) -> None:
+    async def rebuild(node: Node, wish: Body) -> None:
         """Do what the srd of that node does; the primary is n1 here."""
+        assert wish["primary"] == str(cluster.endpoint("n1"))
         cluster.kill(f"sentinel-{node.name}")
         conf(cluster, node.name).rename(conf(cluster, node.name).with_name("former"))
         cluster.sentinel(node.name)
@@ -332,7 +333,7 @@ async def test_of_two_with_one_id_the_later_one_gets_another_and_the_others_forg
     planned = await doctor.repair(dry_run=True)
     assert [sentence.partition(":")[0] for sentence in planned.done] == [
         "put n3's sentinel.conf aside and have it begin anew",
-        "look again then, and have the others forget the ids that were given up",
+        "look again then, and reset whoever still lists what is gone",
     ]
     assert (await account(cluster, "n3")).run_id == shared
     mended = await doctor.repair(dry_run=False)

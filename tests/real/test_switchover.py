@@ -114,6 +114,7 @@ async def test_a_former_primary_whose_redis_dies_while_it_hands_over_has_its_suc
 
         async def dies(seconds: float) -> None:
             cluster.kill("redis-n1")
+            srds["n1"].primacy.observer._last_role = Role.PRIMARY  # it was not asked since it has stepped down
             srds["n1"].redis_died()
             await really(seconds)
 
@@ -126,6 +127,22 @@ async def test_a_former_primary_whose_redis_dies_while_it_hands_over_has_its_suc
         assert srds["n2"].leads()
         await writes(cluster, "n2")
         assert hurried == []
+
+
+async def test_a_primary_that_dies_with_a_successor_told_that_nobody_names_is_replaced_when_the_lease_has_ended(
+    cluster: Cluster, srds: dict[str, Srd]
+) -> None:
+    async with watched(srds, *NAMES):
+        custody = srds["n1"].primacy._custody
+        assert custody.give("n2", boottime()) > 0
+        custody.tell(boottime())
+        began = time.monotonic()
+        cluster.kill("redis-n1")
+        srds["n1"].redis_died()
+        led = await leader(srds, ("n2", "n3"))
+        await writes(cluster, led.name)
+        show(without=time.monotonic() - began)
+        assert time.monotonic() - began < srds["n1"].config.primary_lease + 2
 
 
 def noting(noted: list[str], really: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
