@@ -1,17 +1,17 @@
-"""What the srd of a successor refuses to take over in a switchover; its redis is not even asked then."""
+"""What the srd of a successor refuses to take over in a switchover; its redis is not told anything then."""
 
 from __future__ import annotations
 
 import pytest
 from support.sentinels import SECRETS
-from support.situations import config
+from support.situations import config, replica_redis
 
 from srd.ha.custody import Custody
 from srd.ha.fleet import Fleet
 from srd.ha.promotion import Promotion
-from srd.model import Body
+from srd.model import Body, Role
 from srd.reconcile import boottime
-from srd.state import Store
+from srd.state import Redis, Store
 
 CONFIG = config()
 FORMER, SUCCESSOR, THIRD = CONFIG.redis_nodes
@@ -26,11 +26,22 @@ async def no_peer(peer: str, topic: str, _body: Body, _seconds: float) -> Body:
     raise AssertionError(f"{peer} was asked about the {topic}")
 
 
+async def a_replica(_seconds: float) -> Redis:
+    return replica_redis()
+
+
+async def its_role(_seconds: float) -> Role:
+    return Role.REPLICA
+
+
 @pytest.fixture
-def promotion() -> Promotion:
-    """The second node's, which can reach no redis."""
+def promotion(monkeypatch: pytest.MonkeyPatch) -> Promotion:
+    """The second node's, which can reach no redis but its own, and nobody has told that one anything."""
     fleet = Fleet(CONFIG, SECRETS)
-    fleet.redises.clear()
+    own = fleet.redises[SUCCESSOR.name]
+    for name, answer in {"observe": a_replica, "role": its_role, "lead": nothing}.items():
+        monkeypatch.setattr(own, name, answer)
+    fleet.redises = {SUCCESSOR.name: own}
     return Promotion(
         fleet,
         SUCCESSOR,
