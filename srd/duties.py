@@ -18,7 +18,7 @@ from srd.ha.rebuild import REBUILD_TOPIC, against_rebuild
 from srd.ha.repair import Doctor
 from srd.ledger import Ledger
 from srd.maintenance import PAUSE_TOPIC, Maintenance
-from srd.model import AskPeer, Body, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
+from srd.model import AskPeer, Body, Endpoint, Paths, RefusedError, Role, Secrets, Service, SrdError, TimedOutError
 from srd.reconcile import Loop, boottime
 from srd.rolling import RESTART_TOPIC, STATE_TOPIC, Restarts
 from srd.setback import Setback
@@ -272,16 +272,17 @@ class Duties:
 
     async def _rebuild_sentinel(self, wish: Body) -> None:
         """Have this node's sentinel begin anew, as a doctor wishes; `RefusedError` where that is not so any more."""
-        asked, named = boottime(), self._view().named
+        asked = boottime()
 
-        def fit() -> None:
-            reason = against_rebuild(self._situation(), wish, asked)
-            if reason is not None:
-                raise RefusedError("rebuild", f"the sentinel of {self._node.name}", reason)
+        def primary() -> Endpoint:
+            s = self._situation()
+            reason = against_rebuild(s, wish, asked)
+            if reason is not None or s.view.named is None:
+                raise RefusedError("rebuild", f"the sentinel of {self._node.name}", reason or "nobody is named")
+            return s.view.named
 
-        fit()
-        if named is not None:
-            await self._services.rebuild_sentinel(named, fit=fit)
+        primary()  # a refusal need not wait for sentinel's turn
+        await self._services.rebuild_sentinel(primary)
 
     @property
     def longest_stop(self) -> float:

@@ -318,8 +318,8 @@ class Doctor:
                 if wrong is None and not missing and now.flags == {"master"}:
                     whole(now)
                     return boottime() - began
-                awaited = f"it has not found {', '.join(missing)}" if missing else f"to it the primary is {now.flags}"
-                awaited = wrong if wrong is not None else awaited
+                found = f"it has not found {', '.join(missing)}" if missing else f"to it the primary is {now.flags}"
+                awaited = wrong or found
             await asyncio.sleep(_POLL_SECONDS)
         raise SrdError("repair", subject, f"{self._found_again_seconds:g} s after {since} {awaited}", "srd links")
 

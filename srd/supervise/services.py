@@ -211,18 +211,18 @@ class Services:
             self._by_hand.add(service)
         self._wake()
 
-    async def rebuild_sentinel(self, primary: Endpoint, *, fit: Callable[[], None]) -> None:
-        """Have sentinel begin anew with this primary and nothing else: what it kept is put aside. Done to its end.
+    async def rebuild_sentinel(self, primary: Callable[[], Endpoint]) -> None:
+        """Have sentinel begin anew with a primary and nothing else: what it kept is put aside. Done to its end.
 
-        `fit` raises what speaks against it when it is its turn.
+        `primary` is asked when it is sentinel's turn; it returns whom, or raises what speaks against it.
         """
 
         async def step() -> None:
             async with self._one_pass:
-                fit()
+                whom = primary()
                 await self._processes[Service.SENTINEL].stop(self.grace(Service.SENTINEL))
                 self._by_hand.add(Service.SENTINEL)
-                await asyncio.to_thread(self._launcher.rebuild_sentinel, primary)
+                await asyncio.to_thread(self._launcher.rebuild_sentinel, whom)
 
         try:
             await to_its_end(step())

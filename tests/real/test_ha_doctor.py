@@ -55,14 +55,7 @@ def doctor_of(cluster: Cluster, published: list[tuple[Finding, ...]] | None = No
         assert wish["primary"] == str(cluster.endpoint("n1"))
         cluster.kill(f"sentinel-{node.name}")
         conf(cluster, node.name).rename(conf(cluster, node.name).with_name("former"))
-        cluster.sentinel(node.name)
-        async with sentinel_client(cluster, node.name) as client:
-
-            async def paced_again() -> bool:
-                await client.keep_pace()
-                return True
-
-            await until(paced_again)
+        await started_again(cluster, node.name)
 
     return Doctor(cluster.config, SECRETS, publish, rebuild=rebuild, **{"lasts": 1.0, **options})
 
@@ -103,16 +96,21 @@ async def identities(cluster: Cluster) -> dict[str, tuple[str, str | None, int]]
     return {each.node: (each.run_id, each.primary, each.epoch) for each in seen}
 
 
-async def met(cluster: Cluster) -> None:
-    """Start the third sentinel again, at srd's pace, and wait until everyone lists everyone that is there."""
-    cluster.sentinel("n3")
-    async with sentinel_client(cluster, "n3") as client:
+async def started_again(cluster: Cluster, name: str) -> None:
+    """Start a sentinel again, at srd's pace."""
+    cluster.sentinel(name)
+    async with sentinel_client(cluster, name) as client:
 
         async def paced_again() -> bool:
             await client.keep_pace()
             return True
 
         await until(paced_again)
+
+
+async def met(cluster: Cluster) -> None:
+    """Start the third sentinel again, and wait until everyone lists everyone that is there."""
+    await started_again(cluster, "n3")
 
     async def whole_lists() -> bool:
         seen = await doctor_of(cluster).look()

@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from redis import Redis as RawRedis
-from support.namespace import inside
-from support.whole import Whole, whole
+from support.whole import whole
 
 from srd.control import client
-from srd.ha.sentinel import SENTINEL_USER
 from srd.model import Service
 from srd.supervise.launch import FORMER_SUFFIX
 
 REPAIR_SECONDS = 90.0
 
 
-def ask_sentinel(cluster: Whole, name: str, *words: str) -> Any:
-    secrets = cluster.bundles[name].secrets
-    assert secrets is not None
-    raw = RawRedis(
-        host=str(cluster.config.node(name).address),
-        port=cluster.config.sentinel.port,
-        username=SENTINEL_USER,
-        password=secrets.sentinel_password.reveal(),
-        decode_responses=True,
-    )
-    with inside(cluster.namespace), raw:
-        return raw.execute_command("SENTINEL", *words)
-
-
 def test_a_sentinel_that_monitors_nobody_is_rebuilt_by_the_srd_beside_it() -> None:
     with whole("redis", "redis", "redis") as cluster:
         cluster.power_on(*cluster.names)
         cluster.wait_whole()
-        primary, former = cluster.wait_primary(), ask_sentinel(cluster, "n3", "MYID")
-        ask_sentinel(cluster, "n3", "REMOVE", cluster.config.sentinel.master)
+        primary, former = cluster.wait_primary(), cluster.ask_sentinel("n3", "MYID")
+        cluster.ask_sentinel("n3", "REMOVE", cluster.config.sentinel.master)
         answer = client.post(cluster.paths("n1").control_socket, "/v1/doctor?repair=1", timeout=REPAIR_SECONDS)
         assert answer["done"][0].startswith("put n3's sentinel.conf aside: its sentinel began anew")
         assert (answer["findings"], answer["unsettled"]) == ([], None)
         file = cluster.paths("n3").service_dir(Service.SENTINEL) / f"{Service.SENTINEL}.conf"
         assert former in file.with_name(file.name + FORMER_SUFFIX).read_text()
-        monitored = ask_sentinel(cluster, "n3", "GET-MASTER-ADDR-BY-NAME", cluster.config.sentinel.master)
+        monitored = cluster.ask_sentinel("n3", "GET-MASTER-ADDR-BY-NAME", cluster.config.sentinel.master)
         assert monitored[0] == str(cluster.config.node(primary).address)
         cluster.wait_whole()
         assert cluster.primaries() == [primary]

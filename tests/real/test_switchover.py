@@ -31,16 +31,27 @@ async def syncs(redis: RedisClient) -> tuple[int, int]:
     return stats.get("sync_full", int), stats.get("sync_partial_ok", int)
 
 
-def followed_when_clients_end(redis: RedisClient, monkeypatch: pytest.MonkeyPatch) -> list[Endpoint | None]:
-    """Return a list to which is added whom a redis follows at the moment when its clients' connections are ended."""
+def before_clients_end(
+    redis: RedisClient, monkeypatch: pytest.MonkeyPatch, action: Callable[[], Awaitable[None]]
+) -> None:
+    """Have something done at the moment when a redis' clients' connections are about to be ended."""
     really: Callable[[float], Awaitable[None]] = redis.end_clients
-    found: list[Endpoint | None] = []
 
-    async def looked_at(seconds: float) -> None:
-        found.append((await redis.observe()).primary)
+    async def after_that(seconds: float) -> None:
+        await action()
         await really(seconds)
 
-    monkeypatch.setattr(redis, "end_clients", looked_at)
+    monkeypatch.setattr(redis, "end_clients", after_that)
+
+
+def followed_when_clients_end(redis: RedisClient, monkeypatch: pytest.MonkeyPatch) -> list[Endpoint | None]:
+    """Return a list to which is added whom a redis follows at the moment when its clients' connections are ended."""
+    found: list[Endpoint | None] = []
+
+    async def look() -> None:
+        found.append((await redis.observe()).primary)
+
+    before_clients_end(redis, monkeypatch, look)
     return found
 
 
@@ -108,20 +119,18 @@ async def test_a_former_primary_whose_redis_dies_while_it_hands_over_has_its_suc
     cluster: Cluster, srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with watched(srds, *NAMES):
-        old = srds["n1"].primacy._fleet.redises["n1"]
-        really, told = old.end_clients, [srd.primacy._fleet.sentinels for srd in srds.values()]
+        told = [srd.primacy._fleet.sentinels for srd in srds.values()]
         hurried: list[str] = []
 
-        async def dies(seconds: float) -> None:
+        async def die() -> None:
             cluster.kill("redis-n1")
             srds["n1"].primacy.observer._last_role = Role.PRIMARY  # it was not asked since it has stepped down
             srds["n1"].redis_died()
-            await really(seconds)
 
         for sentinels in told:
             for sentinel in sentinels.values():
                 monkeypatch.setattr(sentinel, "ask_others_every", noting(hurried, sentinel.ask_others_every))
-        monkeypatch.setattr(old, "end_clients", dies)
+        before_clients_end(srds["n1"].primacy._fleet.redises["n1"], monkeypatch, die)
         await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
         await settled(cluster, cluster.endpoint("n2"))
         assert srds["n2"].leads()
@@ -157,15 +166,13 @@ async def test_clients_are_cut_off_when_the_successor_leads_and_not_before(
     srds: dict[str, Srd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with watched(srds, *NAMES):
-        old = srds["n1"].primacy._fleet.redises["n1"]
-        really, found = old.end_clients, []
+        found = []
 
-        async def looked_at(seconds: float) -> None:
+        async def look() -> None:
             lease = srds["n1"].lease
             found.append((srds["n2"].leads(), lease.heir if lease is not None else None))
-            await really(seconds)
 
-        monkeypatch.setattr(old, "end_clients", looked_at)
+        before_clients_end(srds["n1"].primacy._fleet.redises["n1"], monkeypatch, look)
         await srds["n1"].primacy.moves.switch_over("n2", dry_run=False)
         assert found == [(True, "n2")]
 

@@ -25,7 +25,9 @@ from redis import Redis as RawRedis
 from redis.exceptions import RedisError
 
 from srd.config import parse_config
-from srd.model import Paths, Service, SrdError
+from srd.ha.redis import REDIS_USER
+from srd.ha.sentinel import SENTINEL_USER
+from srd.model import Paths, Secret, Secrets, Service, SrdError
 from srd.supervise.adopt import REGISTER_NAME, Record, Register, Verdict, look_up
 from srd.trust.bundle import Bundle
 from support.clusters import make_bundles, paths_of
@@ -53,7 +55,7 @@ class Whole:
 
     def __init__(self, root: Path, text: str, namespace: str) -> None:
         self.root = root
-        self.namespace = namespace
+        self._namespace = namespace
         self.config = parse_config(text, "test")
         self.bundles: dict[str, Bundle] = make_bundles(root, text)
         self.names = [node.name for node in self.config.nodes]
@@ -76,7 +78,7 @@ class Whole:
             }
             with (self.root / f"{name}.log").open("ab") as log:
                 self.running[name] = subprocess.Popen(
-                    ["ip", "netns", "exec", self.namespace, sys.executable, "-m", "srd", "run"],
+                    ["ip", "netns", "exec", self._namespace, sys.executable, "-m", "srd", "run"],
                     env=environment,
                     stdout=log,
                     stderr=log,
@@ -115,7 +117,7 @@ class Whole:
     def get(self, name: str, path: str) -> tuple[int, Any]:
         url = f"http://{self.config.node(name).address}:{self.config.http.port}{path}"
         try:
-            with inside(self.namespace), urllib.request.urlopen(url, timeout=2) as answer:
+            with inside(self._namespace), urllib.request.urlopen(url, timeout=2) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"null")
@@ -153,17 +155,30 @@ class Whole:
     @contextmanager
     def redis(self, name: str) -> Iterator[RawRedis]:
         """Be in touch with a node's redis, in this thread, as the user srd."""
+        with self._reach(name, self.config.redis.port, REDIS_USER, self._secrets(name).srd_password) as client:
+            yield client
+
+    def ask_sentinel(self, name: str, *words: str) -> Any:
+        password = self._secrets(name).sentinel_password
+        with self._reach(name, self.config.sentinel.port, SENTINEL_USER, password) as client:
+            return client.execute_command("SENTINEL", *words)
+
+    def _secrets(self, name: str) -> Secrets:
         secrets = self.bundles[name].secrets
         assert secrets is not None
+        return secrets
+
+    @contextmanager
+    def _reach(self, name: str, port: int, user: str, password: Secret) -> Iterator[RawRedis]:
         client = RawRedis(
             host=str(self.config.node(name).address),
-            port=self.config.redis.port,
-            password=secrets.srd_password.reveal(),
-            username="srd",
+            port=port,
+            password=password.reveal(),
+            username=user,
             socket_timeout=5,
             decode_responses=True,
         )
-        with inside(self.namespace), client:
+        with inside(self._namespace), client:
             yield client
 
     def ask(self, name: str, *command: object) -> Any:
