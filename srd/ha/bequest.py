@@ -20,10 +20,10 @@ class Bequest:
         self._custody, self._losses, self._situation, self._judge = custody, losses, situation, judge
 
     async def answer(self, peer: str, _: Body) -> Body:
-        """Give what is left of the lease to the node whose redis is promoted; return for how many `seconds`.
+        """Give what is left of the lease to the node whose redis is promoted; return for how many `seconds`, or 0.
 
         `assured` is for how many this node has none itself, unless it is named in a newer epoch.
-        `RefusedError` says why not: this node's redis may be primary itself, somebody else is named, or there is none.
+        `RefusedError` says why not: this node's redis may be primary itself, or it is somebody else's.
         """
         s = self._situation()
         child, redis = s.view.children.get(Service.REDIS), s.view.redis
@@ -34,8 +34,13 @@ class Bequest:
             named = s.view.named
             if named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, s.config.node(peer))):
                 raise RefusedError("give", "the lease", f"the sentinels name {named}")
-        if self._custody.give(peer, s.now) <= 0:
-            raise RefusedError("give", "the lease", f"{s.node.name} has none")
+        if self._custody.give(peer, s.now) <= 0 and not self._assure(peer, s):
+            raise RefusedError("give", "the lease", f"{s.node.name} has none, and cannot say that it will have none")
         self._losses.given()
         self._judge()
         return self._custody.tell(s.now)
+
+    def _assure(self, peer: str, s: Situation) -> bool:
+        lease = s.view.lease
+        named = lease is not None and lease.primary == endpoint_of(s.config, s.node)
+        return lease is not None and named and self._custody.assure(peer, s.now, lease.epoch)

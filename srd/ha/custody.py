@@ -12,7 +12,8 @@ replica; to one node, and has none itself until the given one has ended, whateve
 switchover that comes to nothing it takes it back, and only if the heir was never told, or has declined it.
 
 It also waits for `ASSURANCE_SECONDS` for a newer epoch than the one in which it held its lease: the given one may end
-before a majority names the successor, which then need not wait until a lease of its predecessor must have ended.
+before a majority names the successor, which then need not wait until a lease of its predecessor must have ended. One
+that has no lease any more may give that assurance alone, again to one node.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class Offer:
     seconds: float
     assured: float
 
+    def left(self, now: float) -> float:
+        """Return for how many seconds more it holds; negative when it has ended."""
+        return self.since + self.seconds - now
+
 
 @dataclass
 class Custody:
@@ -59,19 +64,32 @@ class Custody:
     def give(self, heir: str, now: float) -> float:
         """Give what is left of the lease to a node; return for how many seconds, 0 if it is not to be had."""
         if now >= self.given_until:
-            self.heir, self.told = heir, False
+            self.told = False
             if self.known_until <= now:
                 return 0.0
-            self.given_until, self.given_epoch = self.known_until, self.known_epoch
+            self.heir, self.given_until, self.given_epoch = heir, self.known_until, self.known_epoch
         elif heir != self.heir:
             return 0.0
         self.barred_until = now + ASSURANCE_SECONDS
         return self.given_until - now
 
+    def assure(self, heir: str, now: float, epoch: int) -> bool:
+        """Give one node the assurance alone, where there is no lease that could be given; return whether it has it.
+
+        `epoch` is the one in which a majority names this node.
+        """
+        if self.known_until > now:
+            return False
+        if heir != self.heir and now < self.barred_until and epoch <= self.given_epoch:
+            return False  # another one counts on it
+        self.heir, self.given_epoch = heir, epoch
+        self.barred_until = now + ASSURANCE_SECONDS
+        return True
+
     def tell(self, since: float) -> Body:
         """Return the words in which the heir is told what it has, counted from that moment; they make an `Offer`."""
         self.told = True
-        return {"seconds": self.given_until - since, "assured": ASSURANCE_SECONDS}
+        return {"seconds": max(0.0, self.given_until - since), "assured": ASSURANCE_SECONDS}
 
     def is_heir(self, node: str, now: float) -> bool:
         """Whether a node was given the lease, and it has not ended."""

@@ -35,7 +35,7 @@ from srd.cluster import MIN_REPLICAS_MAX_LAG, Config, Node
 from srd.ha.fleet import Fleet, answering, on_all
 from srd.ha.lease import FAILOVER_FLAG, PROMOTED_FLAG, endpoint_of, fresh
 from srd.ha.preference import STEP_SECONDS, Preference
-from srd.ha.sentinel import NEVER_MILLISECONDS, OFTEN_MILLISECONDS, SELDOM_MILLISECONDS, SELECTED, Event, SentinelClient
+from srd.ha.sentinel import NEVER_MILLISECONDS, SELECTED, Event, SentinelClient
 from srd.model import Endpoint
 from srd.reconcile import boottime
 from srd.state import SentinelAnswer, Situation
@@ -49,10 +49,10 @@ HASTE_SHARE: Final = 0.25
 LONGEST_HASTE_SECONDS: Final = 1.5
 # For the choice; a vote takes 0.35 s.
 CHOICE_SECONDS: Final = 3.0
-# A leader is done with a promotion 1.0 to 1.1 s after it, when the replicas follow. Where the new primary is gone by
-# then it is after failover-timeout, and takes its former choice for that of the epoch in which the others have elected
-# another one meanwhile: two primaries in one epoch, and neither gives way. That is too long to wait for: replicas
-# whose link has been down for 2 s are no good to sentinels in haste.
+# Where no srd has it known at once (ha/naming.py), a leader is done with a promotion 1.0 to 1.1 s after it, when the
+# replicas follow. Where the new primary is gone by then it is after failover-timeout, and takes its former choice for
+# that of the epoch in which the others have elected another one meanwhile: two primaries in one epoch, and neither
+# gives way. That is too long to wait for: replicas whose link has been down for 2 s are no good to sentinels in haste.
 SETTLING_SECONDS: Final = 1.2
 # The candidate asks at each of its ticks: one that has not found it down yet would be asked again 0.2 s later.
 ASKING_MILLISECONDS: Final = 10
@@ -69,11 +69,6 @@ REPLACE_SECONDS: Final = 2.0
 # redis' own fence, for a srd that had been silent before its redis: the lag is in whole seconds and counted once a
 # second, so it is at most two more.
 OWN_FENCE_SECONDS: Final = MIN_REPLICAS_MAX_LAG + 2.0
-# When a leader learns of the promotion that it has brought about, is given by its last INFO before: it sends them once
-# a second from ODOWN on (sentinel.c, sentinelSendPeriodicCommands), so by chance up to a second late. Where the moment
-# is known beforehand, as of a silent node, its INFOs are made to fall so that one comes 0.65 s after the hurry.
-ALIGN_SECONDS: Final = 0.45
-ALIGNING_SECONDS: Final = 0.15
 # A srd says something each second: it is well if it was heard so long after the first ping without a reply.
 ALIVE_SECONDS: Final = 1.5
 # It was well at the cut if it was heard so long before that ping: a second until its next word, one until the next ping
@@ -145,7 +140,6 @@ class Failover:
         self._preference = Preference(fleet, situation=situation, own_stream=own_stream)
         self._busy = asyncio.Lock()
         self._chosen = asyncio.Event()
-        self._aligned: Node | None = None
         # Whose place was taken, named in which configuration epoch (it may lead anew since), and until when not again.
         self._tried: tuple[Endpoint, int] | None = None
         self._tried_until = 0.0
@@ -168,21 +162,9 @@ class Failover:
         if node is None or node == s.node or named != endpoint_of(s.config, node):
             return
         moment = replaceable_at(s, node)
-        if moment is None:
-            self._aligned = None
-        elif s.now >= moment:
+        if moment is not None and s.now >= moment:
             since = silent_since(s.config, s.view.sentinels, named, s.now)
             await self.replace(node, f"{node.name} is silent, and its fences have fallen", since=since)
-        elif s.now >= moment - ALIGN_SECONDS and self._aligned != node:
-            self._aligned = node
-            await self._align(s.node)
-
-    async def _align(self, node: Node) -> None:
-        """Have the node's own sentinel send no INFO for a while from now on."""
-        sentinel = self._fleet.sentinels[node.name]
-        await sentinel.look_every(OFTEN_MILLISECONDS, STEP_SECONDS)
-        await asyncio.sleep(ALIGNING_SECONDS)
-        await sentinel.look_every(SELDOM_MILLISECONDS, STEP_SECONDS)
 
     async def replace(self, primary: Node, why: str, *, since: float | None, prefer: str | None = None) -> None:
         """Have the sentinels elect another primary now; return when they have chosen one, or when they do not.

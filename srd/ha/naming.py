@@ -1,6 +1,7 @@
-"""Has the sentinels name a primary that was made one on purpose: in an epoch that a majority has voted for.
+"""Has the sentinels name a new primary at once, in an epoch that a majority has voted for.
 
-What a sentinel's leader does after a failover, without the failover. Two steps, each asked of all at once:
+Of one that was made primary on purpose (`have_named`): what a sentinel's leader does after a failover, without the
+failover. Two steps, each asked of all at once:
 
 1. A vote for a new epoch (SENTINEL IS-MASTER-DOWN-BY-ADDR with an epoch and a leader's id): a majority gives it to an
    id that is nobody else's, so nobody else can lead in that epoch (sentinel.c, sentinelVoteLeader).
@@ -13,6 +14,11 @@ successor is not named, and the sentinel that was asked is busy with it; no majo
 ends the connections of the new primary's clients, which have just come (CLIENT KILL TYPE normal, sentinelSendSlaveOf).
 Here each sentinel may begin a failover at once: whoever takes a configuration in forgets when it has tried or voted
 last (sentinelResetMaster).
+
+Of one that a leader has chosen (`have_choice_known`) the first step is done: a majority has voted for that leader in
+that epoch, and it has said whom it promotes. It learns that this has happened by its next INFO, up to a second later,
+and only then tells the others; until then no majority names anybody, and should the new primary be gone again by then,
+the leader finds out after failover-timeout only. The second step is the same, and the leader takes it in as well.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import structlog
 from srd.cluster import Config
 from srd.ha.failover import unfit
 from srd.ha.fleet import on_all
+from srd.ha.lease import FAILOVER_FLAG
 from srd.ha.resp import NobodyThereError, RespError, UnexpectedReplyError
 from srd.ha.sentinel import SentinelClient
 from srd.model import Endpoint
@@ -62,13 +69,45 @@ async def have_named(
     if sum(votes.values()) < config.majority:
         log.warning("no majority of the sentinels votes", epoch=epoch, votes=votes)
         return False
+    await _tell(config, asked, naming, successor, epoch)
+    return True
+
+
+async def have_choice_known(
+    config: Config, sentinels: Mapping[str, SentinelClient], leader: str, former: Endpoint, chosen: Endpoint
+) -> bool:
+    """Have the sentinels, by node, name whom the one of the node `leader` has chosen, and who is primary by now.
+
+    False when none of them was told anything: that leader is done, or no majority has voted for it.
+    """
+    answers = await on_all(sentinels, lambda one: one.ask(STEP_SECONDS))
+    led = answers.get(leader)
+    if led is None or led.primary != former or FAILOVER_FLAG not in led.flags:
+        return False
+    epoch = led.vote_epoch
+    votes = sum((answer.vote, answer.vote_epoch) == (led.run_id, epoch) for answer in answers.values())
+    naming = {name: a for name, a in answers.items() if a.primary == former and a.epoch < epoch and not a.tilt}
+    if votes < config.majority or len(naming) < _SPEAKERS:
+        log.info("the leader tells the sentinels itself", leader=leader, epoch=epoch, votes=votes)
+        return False
+    await _tell(config, {name: sentinels[name] for name in naming}, naming, chosen, epoch)
+    return True
+
+
+async def _tell(
+    config: Config,
+    asked: Mapping[str, SentinelClient],
+    naming: Mapping[str, SentinelAnswer],
+    primary: Endpoint,
+    epoch: int,
+) -> None:
+    """Tell those sentinels of a configuration, again until a majority has heard it."""
     for _ in range(ATTEMPTS):
         told = await on_all(
-            asked, lambda one: one.hear(_another(config, one.node, naming, epoch), successor, epoch, STEP_SECONDS)
+            asked, lambda one: one.hear(_another(config, one.node, naming, epoch), primary, epoch, STEP_SECONDS)
         )
         if len(told) >= config.majority:
-            break
-    return True
+            return
 
 
 async def make_epoch(sentinels: Sequence[SentinelClient], former: Endpoint) -> None:

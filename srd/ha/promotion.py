@@ -9,9 +9,10 @@ Meanwhile there is a primary that nobody is led to, and that takes no writes for
 (min-replicas-to-write): 1.16 s measured, 0.20 s when the replicas were told at once.
 
 So the srd beside the chosen one asks the former primary's srd for the rest of its lease (ha/custody.py), and watches
-for the moment when ROLE says master: only then it has that lease. Where that srd is gone, too, it waits for a majority
-of the sentinels as ever. At that moment it also has the other replicas follow. Not before: a replica whose own primary
-is gone refuses them (-NOMASTERLINK, replication.c), and they would try again a second later.
+for the moment when ROLE says master: only then it has that lease. At that moment it also has the other replicas follow.
+Not before: a replica whose own primary is gone refuses them (-NOMASTERLINK, replication.c), and they would try again a
+second later. And it has all sentinels name its redis (ha/naming.py), as the leader would a second later: without that
+srd's lease, it leads when a majority does.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import structlog
 
 from srd.cluster import Node
 from srd.ha.custody import ASSURANCE_SECONDS, Custody, Offer
-from srd.ha.fleet import Fleet
+from srd.ha.fleet import Fleet, answering
 from srd.ha.lease import endpoint_of
-from srd.ha.naming import have_named
+from srd.ha.naming import have_choice_known, have_named
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
 from srd.ha.sentinel import SELECTED, Event
@@ -52,6 +53,9 @@ NAMED_SECONDS: Final = 0.7
 # Just after a switchover every client opens a new connection: replicas that come meanwhile, and sentinels that take
 # another primary in, would have them wait.
 CLIENTS_SECONDS: Final = 0.1
+# Less of a lease than this ends before a majority can have named this node, on a busy machine: clients would be led
+# here and away again. It counts as none.
+WORTHWHILE_SECONDS: Final = 0.5
 # Until the answer of a successor: its redis is told, and asked once more if that was not heard.
 SUCCEED_SECONDS: Final = 2 * STEP_SECONDS + 0.5
 
@@ -86,6 +90,7 @@ class Promotion:
         self._selected = asyncio.Event()
         self._followers = asyncio.Event()
         self._former: Endpoint | None = None
+        self._leader = ""  # of the failover: the node whose sentinel has chosen this one
         self._expected: tuple[str, float] | None = None  # who is about to switch over to this node, known since when
         self._attended = False  # there are as many replicas as a write needs
 
@@ -93,7 +98,7 @@ class Promotion:
         """Take note of what a sentinel has announced: whom a leader has chosen, and whose place that one takes."""
         chosen, former = selection(event)
         if chosen == endpoint_of(self._fleet.config, self._node):
-            self._former = former
+            self._former, self._leader = former, event.node
             self._selected.set()
 
     async def run(self) -> None:
@@ -114,10 +119,23 @@ class Promotion:
                 return
             self._look()
             group.create_task(self._gather())
+            group.create_task(self._have_it_known())
             self._take(await offer, promoted)
             self._judge()
             self._take(await self._ask_for_lease(), promoted)  # once more: that srd takes note of when this one leads
             self._judge()
+
+    async def _have_it_known(self) -> None:
+        """Have the sentinels name this node; where clients come by the lease that it is given, after they have come."""
+        config, former, leader = self._fleet.config, self._former, self._leader
+        gone = config.node_at(former.address) if former is not None else None
+        if former is None or gone is None:
+            return
+        if gone.name not in self._store.view().silent:
+            await asyncio.sleep(CLIENTS_SECONDS)
+        own = endpoint_of(config, self._node)
+        if await have_choice_known(config, answering(self._fleet.sentinels, self._store.view()), leader, former, own):
+            log.info("the sentinels are told", leader=leader)
 
     async def expect(self, former: str, _: Body) -> Body:
         """Be ready for a primary that is about to switch over to this node: what it gives then is counted from now.
@@ -138,7 +156,7 @@ class Promotion:
         """
         expected = self._expected
         offer = self._offer(former, expected[1], body) if expected is not None and expected[0] == former else None
-        if offer is None:
+        if offer is None or offer.left(boottime()) <= 0:
             return {"led": False, "why": "its srd does not expect that, or it comes too late"}
         try:
             seen = await self._fleet.redises[self._node.name].lead(STEP_SECONDS)
@@ -187,17 +205,19 @@ class Promotion:
         except SrdError as error:
             log.info("no lease from the former primary", peer=former.name, why=str(error))
             return None
-        return self._offer(former.name, asked, answer)
+        offer = self._offer(former.name, asked, answer)
+        if offer is not None and offer.left(boottime()) < WORTHWHILE_SECONDS:
+            return dataclasses.replace(offer, seconds=0.0)
+        return offer
 
     def _offer(self, source: str, since: float, body: Body) -> Offer | None:
-        """Return what is given by these words, from a moment on; None if nothing is left, or more than can be."""
+        """Return what is given by these words, from a moment on; None if that is no lease, or more than can be."""
         seconds, assured = body.get("seconds"), body.get("assured", 0.0)
         if not isinstance(seconds, (int, float)) or not isinstance(assured, (int, float)):
             return None
-        left = since + seconds - boottime()
-        if not 0 < left <= self._fleet.config.primary_lease:
-            return None
-        return Offer(source, since, seconds, min(assured, ASSURANCE_SECONDS))
+        offer = Offer(source, since, seconds, min(assured, ASSURANCE_SECONDS))
+        valid = seconds >= 0 and offer.left(boottime()) <= self._fleet.config.primary_lease
+        return offer if valid else None
 
     def _take(self, offer: Offer | None, promoted: float) -> None:
         if offer is not None:

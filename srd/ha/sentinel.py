@@ -52,7 +52,6 @@ PACE: Final = {"info-period": 1000, "publish-period": 500, "ask-period": 200, "t
 OFTEN_MILLISECONDS: Final = 100
 # What sentinelSelectSlave takes for lately while the primary is down: five ping periods.
 LOOKED_MILLISECONDS: Final = 5000
-SELDOM_MILLISECONDS: Final = 10_000
 # Longer than any sentinel has run: it asks when its last answer is older than that.
 NEVER_MILLISECONDS: Final = 10**12
 

@@ -273,4 +273,8 @@ def test_of_nodes_that_keep_snapshots_alone_the_one_with_the_latest_leads() -> N
         write(cluster, "n1", 10)
         cluster.power_off(*cluster.names)
         cluster.power_on(*cluster.names)
+        cluster.wait_primary("n2")
+        began = time.monotonic()
+        while time.monotonic() - began < 3:
+            assert cluster.primaries() == ["n2"], "nobody is led to it and away again"
         leads_with_all(cluster, "n2", 350)

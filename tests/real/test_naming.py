@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,11 @@ import pytest
 from support.sentinels import SECRETS, Cluster, raw, redis_client, sentinel_client, until, whole
 
 from srd.ha.fleet import Fleet
-from srd.ha.naming import have_named, make_epoch
+from srd.ha.lease import FAILOVER_FLAG
+from srd.ha.naming import have_choice_known, have_named, make_epoch
+from srd.ha.promotion import selection
+from srd.ha.sentinel import NEVER_MILLISECONDS, SELECTED, SUBSCRIBED, SentinelClient
+from srd.model import Endpoint, Role
 from srd.reconcile import boottime
 from srd.state import SentinelAnswer
 
@@ -45,6 +50,56 @@ async def names(cluster: Cluster, name: str, primary: str) -> bool:
 async def knows_all(cluster: Cluster, name: str) -> bool:
     said = await said_by(cluster, name)
     return (said.known_sentinels, said.known_replicas) == (2, 2)
+
+
+async def choice(leader: SentinelClient, begin: Callable[[], Awaitable[None]]) -> Endpoint:
+    """Return whom a sentinel chooses once a failover has begun."""
+    async with asyncio.timeout(20), contextlib.aclosing(leader.events()) as events:
+        async for event in events:
+            if event.name == SUBSCRIBED:
+                await begin()
+            elif event.name == SELECTED:
+                chosen, _ = selection(event)
+                assert chosen is not None
+                return chosen
+    raise AssertionError("it has chosen nobody")
+
+
+async def is_promoted(cluster: Cluster, name: str) -> bool:
+    async with redis_client(cluster, name) as asked:
+        return await asked.role(1) is Role.PRIMARY
+
+
+async def test_whom_a_leader_has_chosen_all_name_before_it_knows_of_the_promotion(cluster: Cluster) -> None:
+    await whole(cluster)
+    async with fleet(cluster) as acting:
+        leader = acting.sentinels["n3"]
+
+        async def lose_the_primary() -> None:
+            cluster.kill("redis-n1")
+            for name, one in acting.sentinels.items():
+                await one.ask_others_every(10 if name == "n3" else NEVER_MILLISECONDS, 1)
+                await one.keep_down_after(0.5)
+
+        chosen = await choice(leader, lose_the_primary)
+        name = cluster.config.node_at(chosen.address).name  # type: ignore[union-attr]
+        await until(partial(is_promoted, cluster, name))
+        assert await have_choice_known(cluster.config, acting.sentinels, "n3", cluster.endpoint("n1"), chosen)
+        said = {name: await said_by(cluster, name) for name in acting.sentinels}
+        assert {(answer.primary, answer.epoch, answer.vote_epoch) for answer in said.values()} == {(chosen, 1, 1)}
+        assert all(FAILOVER_FLAG not in answer.flags for answer in said.values()), "the leader is done, too"
+        told = await have_choice_known(cluster.config, acting.sentinels, "n3", cluster.endpoint("n1"), chosen)
+        assert not told, "there is no such failover any more"
+
+
+async def test_a_choice_for_which_nobody_has_voted_is_left_to_its_leader(cluster: Cluster) -> None:
+    await whole(cluster)
+    async with fleet(cluster) as acting:
+        leader = acting.sentinels["n3"]
+        chosen = await choice(leader, leader.fail_over)
+        assert not await have_choice_known(cluster.config, acting.sentinels, "n3", cluster.endpoint("n1"), chosen)
+        assert await names(cluster, "n1", "n1")
+        assert await names(cluster, "n2", "n1")
 
 
 async def test_they_name_it_at_once_in_an_epoch_with_one_leader(cluster: Cluster) -> None:

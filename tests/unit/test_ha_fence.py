@@ -242,11 +242,19 @@ def test_a_stray_setting_is_tolerated_for_as_long_as_it_may_be_needed() -> None:
 Step = tuple[str, int, float]
 
 
+def give(holder: Custody, heir: str, now: float, epoch: int) -> Offer | None:
+    """Give as a node's srd does that is asked for what is left of its lease; None where it refuses."""
+    seconds = holder.give(heir, now)
+    if seconds <= 0 and not holder.assure(heir, now, epoch):
+        return None
+    return Offer("n0", now, seconds, ASSURANCE_SECONDS)
+
+
 @given(st.lists(st.tuples(st.sampled_from(["ask", "take", "extend", "wait"]), st.integers(0, 2), st.floats(0, 3))))
 def test_a_lease_that_changes_hands_is_never_in_two(steps: list[Step]) -> None:
     """Node 0 holds what the sentinels give it, and gives it to whoever asks, and takes it later; clocks run alike."""
     holder, heirs = Custody(), {1: Custody(), 2: Custody()}
-    offers: dict[int, Offer] = {}
+    offers: dict[int, Offer | None] = {}
     now, expires = 0.0, LEASE_SECONDS
     for what, who, amount in steps:
         if what == "wait":
@@ -254,12 +262,15 @@ def test_a_lease_that_changes_hands_is_never_in_two(steps: list[Step]) -> None:
         elif what == "extend":
             expires = now + LEASE_SECONDS
         elif what == "ask" and who:
-            offers[who] = Offer("n0", now, holder.give(f"n{who}", now), ASSURANCE_SECONDS)
-        elif what == "take" and who in offers:
-            heirs[who].take(offers.pop(who), promoted=now)
+            offers[who] = give(holder, f"n{who}", now, 1)
+        elif what == "take" and (offer := offers.pop(who, None)) is not None:
+            heirs[who].take(offer, promoted=now)
         holding = [0] if holder.held_until(expires, now, 1) > now else []
         holding += [heir for heir, custody in heirs.items() if custody.held_until(0.0, now, 0) > now]
         assert len(holding) <= 1, (holding, now)
+        counting = [heir for heir, custody in heirs.items() if custody.is_assured(now)]
+        assert len(counting) <= 1, (counting, now)
+        assert not (counting and 0 in holding), now
 
 
 def test_what_was_given_is_lost_by_a_redis_that_is_no_primary_any_more_and_not_by_one_that_was_none_yet() -> None:
@@ -297,6 +308,22 @@ def test_a_lease_is_taken_back_from_an_heir_that_was_not_told_or_has_declined_an
         assert (holder.held_until(12.0, 10.3, 3) == 12.0) is (declined or not told)
         assert holder.give("n2", 30.0) == 0.0
         assert not holder.told, "what an earlier heir was told is over"
+
+
+def test_who_has_no_lease_any_more_gives_one_node_the_assurance_that_it_takes_none() -> None:
+    holder, heir = Custody(), Custody()
+    assert holder.held_until(12.0, 10.0, 3) == 12.0
+    assert not holder.assure("n1", 11.0, 3), "there is a lease that is to be given"
+    offer = give(holder, "n1", 12.5, 3)
+    assert offer is not None
+    heir.take(offer, promoted=12.6)
+    assert heir.held_until(0.0, 12.6, 4) <= 12.6, "there was nothing left"
+    assert heir.is_assured(12.6)
+    assert holder.held_until(14.5, 12.6, 3) == 0.0
+    assert give(holder, "n2", 13.0, 3) is None, "another one counts on it"
+    assert give(holder, "n1", 13.0, 3) is not None
+    assert holder.held_until(15.1, 13.1, 4) == 15.1, "it was elected anew"
+    assert give(holder, "n2", 15.2, 4) is not None
 
 
 def test_who_has_given_its_lease_has_another_one_when_it_is_elected_anew() -> None:

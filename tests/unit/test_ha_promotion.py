@@ -56,8 +56,15 @@ def promotion(monkeypatch: pytest.MonkeyPatch) -> Promotion:
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"seconds": 60.0}, {"seconds": -1.0}, {"seconds": "2"}, {"seconds": 1.0, "assured": "for ever"}],
-    ids=["nothing", "more than a lease", "ended", "text", "no number"],
+    [
+        {},
+        {"seconds": 60.0},
+        {"seconds": 0.0},
+        {"seconds": -1.0},
+        {"seconds": "2"},
+        {"seconds": 1.0, "assured": "for ever"},
+    ],
+    ids=["nothing", "more than a lease", "ended", "negative", "text", "no number"],
 )
 async def test_words_that_give_no_lease_are_declined(promotion: Promotion, body: Body) -> None:
     await promotion.expect(FORMER.name, {})
