@@ -1,4 +1,7 @@
-"""What the srd of a primary that is gone, or has switched over, gives to its successor: the rest of its lease."""
+"""What the srd of a primary that is gone, or has switched over, gives to its successor.
+
+That is the rest of its lease, or where it has none any more, the assurance that it takes none (ha/custody.py).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Bequest:
         self._custody, self._losses, self._situation, self._judge = custody, losses, situation, judge
 
     async def answer(self, peer: str, _: Body) -> Body:
-        """Give what is left of the lease to the node whose redis is promoted; return for how many `seconds`, or 0.
+        """Give what is left of the lease to the node whose redis is promoted; return for how many `seconds`: maybe 0.
 
         `assured` is for how many this node has none itself, unless it is named in a newer epoch.
         `RefusedError` says why not: this node's redis may be primary itself, or it is somebody else's.
@@ -34,13 +37,16 @@ class Bequest:
             named = s.view.named
             if named not in (None, endpoint_of(s.config, s.node), endpoint_of(s.config, s.config.node(peer))):
                 raise RefusedError("give", "the lease", f"the sentinels name {named}")
-        if self._custody.give(peer, s.now) <= 0 and not self._assure(peer, s):
-            raise RefusedError("give", "the lease", f"{s.node.name} has none, and cannot say that it will have none")
-        self._losses.given()
+        if self._custody.give(peer, s.now) > 0:
+            self._losses.given()
+        elif not self._assure(peer, s):
+            raise RefusedError("give", "the lease", f"{s.node.name} has none, and cannot say that nobody has one")
         self._judge()
         return self._custody.tell(s.now)
 
     def _assure(self, peer: str, s: Situation) -> bool:
+        """Give the assurance, where nobody named before this node can have a lease still either."""
         lease = s.view.lease
-        named = lease is not None and lease.primary == endpoint_of(s.config, s.node)
-        return lease is not None and named and self._custody.assure(peer, s.now, lease.epoch)
+        if lease is None or lease.primary != endpoint_of(s.config, s.node) or not lease.settled:
+            return False
+        return self._custody.assure(peer, s.now, lease.epoch)

@@ -126,7 +126,7 @@ class Custody:
     def named(self, node: Node | None, own: Node) -> None:
         """Take note of whom a majority names; a third one is another successor, of which the giver knows nothing."""
         if node is not None and node.name not in (own.name, self.granted_by):
-            self.assured_until = 0.0
+            self.granted_until = self.assured_until = 0.0
 
     def lose(self, seen: float) -> None:
         """Have none that was given: this node's redis, asked at that moment, was no primary any more."""

@@ -236,7 +236,7 @@ class Failover:
         deadline = boottime() + SETTLING_SECONDS
         while True:
             answers = await self._ask()
-            replacing = any(FAILOVER_FLAG in answer.flags for answer in answers.values())
+            replacing = any(FAILOVER_FLAG in answer.flags and _names(answer, primary) for answer in answers.values())
             if replacing or boottime() > deadline or unfit(self._fleet.config, answers, primary) is None:
                 return answers
             await asyncio.sleep(HASTE_SECONDS / 4)

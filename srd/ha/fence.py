@@ -126,7 +126,7 @@ class Fence:
     def _successor(self, s: Situation, redis: Redis) -> Endpoint | None:
         """Return whom a majority names instead of this node, whose redis was their primary and does not know yet.
 
-        A primary that they have never named has just been promoted: they name its predecessor for a second more. One
+        A primary that they have never named has just been promoted: they name its predecessor for a while more. One
         that was there before this srd had been named, unless an earlier srd last saw it follow another.
         """
         primary = s.view.named

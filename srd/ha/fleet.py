@@ -6,7 +6,7 @@ Whoever acts must not queue behind a question that hangs, and nobody who is watc
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import TypeVar
 
 import structlog
@@ -53,15 +53,19 @@ class Fleet:
         """Be in touch with every redis, so that what it is told next costs one round trip."""
         await on_all(self.redises, lambda redis: redis.role(seconds))
 
-    async def have_follow(self, node: Node, seconds: float) -> list[str]:
-        """Have the redis of every other node that is a replica follow this node's; return which ones do now."""
+    async def have_follow(self, node: Node, seconds: float, among: Collection[str] = ()) -> list[str]:
+        """Have the redis of every other node that is a replica follow this node's; return who has heard that.
+
+        `among` are those nodes that are told, if not all.
+        """
         primary = endpoint_of(self.config, node)
 
         async def follow(redis: RedisClient) -> None:
             if await redis.role(seconds) is Role.REPLICA:
                 await redis.follow(primary, seconds)
 
-        return sorted(await on_all(self._others(node), follow))
+        others = {name: client for name, client in self._others(node).items() if not among or name in among}
+        return sorted(await on_all(others, follow))
 
     def _others(self, node: Node) -> dict[str, RedisClient]:
         return {name: client for name, client in self.redises.items() if name != node.name}

@@ -17,12 +17,14 @@ last (sentinelResetMaster).
 
 Of one that a leader has chosen (`have_choice_known`) the first step is done: a majority has voted for that leader in
 that epoch, and it has said whom it promotes. It learns that this has happened by its next INFO, up to a second later,
-and only then tells the others; until then no majority names anybody, and should the new primary be gone again by then,
-the leader finds out after failover-timeout only. The second step is the same, and the leader takes it in as well.
+and only then tells the others; until then they name the former one, and should the new primary be gone again by then,
+the leader finds out after failover-timeout only. The second step is the same. The leader takes it in as well, and with
+that its failover is over: it tells no replica any more whom to follow (ha/promotion.py does).
 """
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -78,12 +80,20 @@ async def have_choice_known(
 ) -> bool:
     """Have the sentinels, by node, name whom the one of the node `leader` has chosen, and who is primary by now.
 
-    False when none of them was told anything: that leader is done, or no majority has voted for it.
+    False when none of them was told anything: that leader is done or silent, promotes another one, or no majority has
+    voted for it.
     """
-    answers = await on_all(sentinels, lambda one: one.ask(STEP_SECONDS))
+    if leader not in sentinels:
+        return False
+    async with asyncio.TaskGroup() as group:
+        asked = group.create_task(on_all(sentinels, lambda one: one.ask(STEP_SECONDS)))
+        promoting = group.create_task(on_all({leader: sentinels[leader]}, lambda one: one.promoting(STEP_SECONDS)))
+    answers = asked.result()
     led = answers.get(leader)
     if led is None or led.primary != former or FAILOVER_FLAG not in led.flags:
         return False
+    if promoting.result().get(leader) != chosen:
+        return False  # it has given up that failover since, and leads another
     epoch = led.vote_epoch
     votes = sum((answer.vote, answer.vote_epoch) == (led.run_id, epoch) for answer in answers.values())
     naming = {name: a for name, a in answers.items() if a.primary == former and a.epoch < epoch and not a.tilt}

@@ -11,8 +11,8 @@ Meanwhile there is a primary that nobody is led to, and that takes no writes for
 So the srd beside the chosen one asks the former primary's srd for the rest of its lease (ha/custody.py), and watches
 for the moment when ROLE says master: only then it has that lease. At that moment it also has the other replicas follow.
 Not before: a replica whose own primary is gone refuses them (-NOMASTERLINK, replication.c), and they would try again a
-second later. And it has all sentinels name its redis (ha/naming.py), as the leader would a second later: without that
-srd's lease, it leads when a majority does.
+second later. And it has all sentinels name its redis (ha/naming.py), as the leader would a second later: where the
+former primary's srd gives no lease, this one leads only when a majority of them does.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import ipaddress
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import structlog
@@ -53,9 +54,12 @@ NAMED_SECONDS: Final = 0.7
 # Just after a switchover every client opens a new connection: replicas that come meanwhile, and sentinels that take
 # another primary in, would have them wait.
 CLIENTS_SECONDS: Final = 0.1
-# Less of a lease than this ends before a majority can have named this node, on a busy machine: clients would be led
-# here and away again. It counts as none.
+# Less of a lease than this, once this node's redis is primary, ends before a majority can have named it, on a busy
+# machine: clients would be led here and away again. It counts as none.
 WORTHWHILE_SECONDS: Final = 0.5
+# Whoever did not hear whom to follow is told again: a leader that is done with its failover tells nobody, and the
+# sentinels set a replica right failover-timeout after they have seen it (sentinel.c, +fix-slave-config).
+AGAIN_SECONDS: Final = 0.5
 # Until the answer of a successor: its redis is told, and asked once more if that was not heard.
 SUCCEED_SECONDS: Final = 2 * STEP_SECONDS + 0.5
 
@@ -118,23 +122,23 @@ class Promotion:
             if promoted is None:
                 return
             self._look()
-            group.create_task(self._gather())
-            group.create_task(self._have_it_known())
+            group.create_task(contained("promotion", self._gather))
+            group.create_task(contained("promotion", partial(self._have_it_known, offer)))
             self._take(await offer, promoted)
             self._judge()
             self._take(await self._ask_for_lease(), promoted)  # once more: that srd takes note of when this one leads
             self._judge()
 
-    async def _have_it_known(self) -> None:
-        """Have the sentinels name this node; where clients come by the lease that it is given, after they have come."""
-        config, former, leader = self._fleet.config, self._former, self._leader
-        gone = config.node_at(former.address) if former is not None else None
-        if former is None or gone is None:
-            return
-        if gone.name not in self._store.view().silent:
+    async def _have_it_known(self, offer: asyncio.Task[Offer | None]) -> None:
+        """Have the sentinels name this node; where clients come by a lease that it is given, after they have come."""
+        former, leader = self._former, self._leader
+        done, _ = await asyncio.wait((offer,), timeout=CLIENTS_SECONDS)
+        given = offer.result() if done else None
+        if given is not None and given.left(boottime()) >= WORTHWHILE_SECONDS:
             await asyncio.sleep(CLIENTS_SECONDS)
+        config, sentinels = self._fleet.config, answering(self._fleet.sentinels, self._store.view())
         own = endpoint_of(config, self._node)
-        if await have_choice_known(config, answering(self._fleet.sentinels, self._store.view()), leader, former, own):
+        if former is not None and await have_choice_known(config, sentinels, leader, former, own):
             log.info("the sentinels are told", leader=leader)
 
     async def expect(self, former: str, _: Body) -> Body:
@@ -205,13 +209,10 @@ class Promotion:
         except SrdError as error:
             log.info("no lease from the former primary", peer=former.name, why=str(error))
             return None
-        offer = self._offer(former.name, asked, answer)
-        if offer is not None and offer.left(boottime()) < WORTHWHILE_SECONDS:
-            return dataclasses.replace(offer, seconds=0.0)
-        return offer
+        return self._offer(former.name, asked, answer)
 
     def _offer(self, source: str, since: float, body: Body) -> Offer | None:
-        """Return what is given by these words, from a moment on; None if that is no lease, or more than can be."""
+        """Return what these words give, from a moment on; None if they are no such words, or give more than can be."""
         seconds, assured = body.get("seconds"), body.get("assured", 0.0)
         if not isinstance(seconds, (int, float)) or not isinstance(assured, (int, float)):
             return None
@@ -220,12 +221,30 @@ class Promotion:
         return offer if valid else None
 
     def _take(self, offer: Offer | None, promoted: float) -> None:
-        if offer is not None:
-            self._custody.take(offer, promoted=promoted)
-            log.info("lease", source=offer.source, seconds=round(offer.seconds, 3))
+        if offer is None:
+            return
+        if offer.left(promoted) < WORTHWHILE_SECONDS:
+            offer = dataclasses.replace(offer, seconds=0.0)
+        self._custody.take(offer, promoted=promoted)
+        log.info("lease", source=offer.source, seconds=round(offer.seconds, 3), assured=round(offer.assured, 3))
 
     async def _gather(self) -> None:
-        log.info("promoted", replicas=await self._fleet.have_follow(self._node, STEP_SECONDS))
+        """Have the replicas follow; whoever is there and has not heard it is told again, while this one is primary."""
+        config, former = self._fleet.config, self._former
+        gone = config.node_at(former.address) if former is not None else None
+        until = boottime() + config.sentinel.failover_timeout
+        waiting = {node.name for node in config.redis_nodes if node != self._node}
+        while True:
+            followers = await self._fleet.have_follow(self._node, STEP_SECONDS, waiting)
+            log.info("promoted", replicas=followers)
+            waiting -= {*followers, *self._store.view().silent, gone.name if gone is not None else ""}
+            if not waiting or boottime() > until:
+                return
+            await asyncio.sleep(AGAIN_SECONDS)
+            redis = self._store.view().redis
+            news = self._selected.is_set() or self._followers.is_set()
+            if news or redis is None or redis.role is not Role.PRIMARY:
+                return
 
 
 async def _promoted(own: RedisClient) -> float | None:

@@ -57,6 +57,8 @@ NEVER_MILLISECONDS: Final = 10**12
 
 
 NOBODY: Final = "*"
+# What a leader shows of the replica that it has chosen, until its failover is over (sentinel.c, SRI_PROMOTED).
+CHOSEN_FLAG: Final = "promoted"
 
 
 def _vote_question(primary: Endpoint, epoch: int = 0, leader: str = "srd") -> tuple[str, ...]:
@@ -66,6 +68,11 @@ def _vote_question(primary: Endpoint, epoch: int = 0, leader: str = "srd") -> tu
     (sentinel.c, sentinelVoteLeader: both only for a greater epoch than it knows of), and the last vote is the reply.
     """
     return ("SENTINEL", "IS-MASTER-DOWN-BY-ADDR", str(primary.address), str(primary.port), str(epoch), leader)
+
+
+def _is_looked_at(replica: Fields) -> bool:
+    """Whether a sentinel has looked at a replica lately; its id is empty, and the look 0 ms old, until it first has."""
+    return bool(replica.get("runid", str)) and replica.get("info-refresh", int) < LOOKED_MILLISECONDS
 
 
 def _set_back(master: Fields) -> float:
@@ -179,11 +186,18 @@ class SentinelClient:
         One that it has not looked at, is none that it would promote (sentinel.c, sentinelSelectSlave): it shows what it
         supposes of a replica of which it has just heard.
         """
+        seen = [replica for replica in await self._replicas(seconds) if _is_looked_at(replica)]
+        return {replica.endpoint("ip", "port"): replica.get("slave-priority", int) for replica in seen}
+
+    async def promoting(self, seconds: float = ANSWER_SECONDS) -> Endpoint | None:
+        """Return the replica that it promotes as the leader of a failover; None while it promotes nobody."""
+        chosen = [each for each in await self._replicas(seconds) if CHOSEN_FLAG in each.get("flags", str).split(",")]
+        return chosen[0].endpoint("ip", "port") if chosen else None
+
+    async def _replicas(self, seconds: float) -> list[Fields]:
         (listed,) = await self._wire.ask(("SENTINEL", "REPLICAS", self._master), seconds=seconds)
         subject = self._wire.subject
-        replicas = [Fields.of_list(subject, entry) for entry in checked(subject, listed, list)]
-        seen = [replica for replica in replicas if replica.get("info-refresh", int) < LOOKED_MILLISECONDS]
-        return {replica.endpoint("ip", "port"): replica.get("slave-priority", int) for replica in seen}
+        return [Fields.of_list(subject, entry) for entry in checked(subject, listed, list)]
 
     async def fail_over(self, seconds: float = ANSWER_SECONDS) -> None:
         """Have it promote the replica that it prefers, without a vote. Of one sentinel only: two make two primaries.
@@ -214,7 +228,7 @@ class SentinelClient:
         checked(self._wire.subject, reply, int)
 
     async def look_every(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
-        """Have it look at the replicas more or less often for a while; `keep_pace` ends that."""
+        """Have it look at the replicas so often for a while; `keep_pace` ends that."""
         await self._wire.ask(("SENTINEL", "DEBUG", "info-period", str(milliseconds)), seconds=seconds)
 
     async def ask_others_every(self, milliseconds: int, seconds: float = ANSWER_SECONDS) -> None:
