@@ -1,6 +1,6 @@
 """Looks at what every sentinel keeps, and mends what can be mended: one sentinel at a time, never blindly.
 
-The rules of a repair.
+The rules of a repair; whether 1, 3 and 4 hold is decided in ha/repairable.py.
 1. Nothing is touched unless a majority of all voters answers directly (SENTINEL CKQUORUM goes on counting a lost
    sentinel for `down-after`), a majority monitors one redis node, that one answers as master, and nothing is under way.
 2. What SENTINEL SET can mend is set. It changes no list and no epoch, so rule 1 is enough.
@@ -39,13 +39,13 @@ import structlog
 
 from srd.cluster import Config, Node
 from srd.findings import Cure, Finding, Trouble
-from srd.ha import doctor
+from srd.ha import doctor, repairable
 from srd.ha.doctor import Look
 from srd.ha.patient import Account, Patient, wanted_settings
 from srd.ha.rebuild import to_rebuild
 from srd.ha.redis import RedisClient
 from srd.ha.resp import RespError
-from srd.model import Body, Endpoint, RefusedError, Secrets, SrdError
+from srd.model import Body, RefusedError, Secrets, SrdError
 from srd.reconcile import boottime
 
 log = structlog.get_logger(__name__)
@@ -198,7 +198,7 @@ class Doctor:
 
     def _plan(self, look: Look, findings: Sequence[Finding]) -> tuple[str, ...]:
         """Say what a repair would do, or refuse as it would."""
-        self._require_sound(look)
+        repairable.require_sound(self._config, look)
         plan = []
         for node in self._config.voters:
             settings = [f.subject for f in findings if f.node == node.name and f.cure is Cure.SET]
@@ -206,14 +206,14 @@ class Doctor:
             plan += [f"set {name} of {node.name}'s sentinel to {wanted[name]}" for name in settings]
         rebuilt = to_rebuild(findings)
         for finding in rebuilt:
-            self._require_spare(look, self._config.node(finding.node))
+            repairable.require_spare(self._config, look, self._config.node(finding.node))
             plan.append(f"put {finding.node}'s sentinel.conf aside and have it begin anew: {finding.text}")
         if rebuilt:
             return (*plan, "look again then, and reset whoever still lists what is gone")
         for node in self._config.voters:
             stale = [f.subject for f in findings if f.node == node.name and f.cure is Cure.RESET]
             if stale:
-                self._require_whole(look, node)
+                repairable.require_whole(self._config, look, node)
                 plan.append(f"reset {node.name}'s sentinel, so that it forgets {', '.join(stale)}")
         return tuple(plan)
 
@@ -221,7 +221,7 @@ class Doctor:
         names = [finding.subject for finding in findings if finding.node == node.name and finding.cure is Cure.SET]
         if not names:
             return
-        self._require_sound(await self.look())
+        repairable.require_sound(self._config, await self.look())
         wanted = wanted_settings(self._config, node)
         async with self._patient(node) as patient:
             for name in names:
@@ -236,10 +236,10 @@ class Doctor:
 
     async def _rebuild(self, finding: Finding, done: list[str]) -> None:
         node, look = self._config.node(finding.node), await self.look()
-        self._require_sound(look)
+        repairable.require_sound(self._config, look)
         if doctor.key(finding) not in {doctor.key(found) for found in doctor.diagnose(self._config, look)}:
             return
-        self._require_spare(look, node)
+        repairable.require_spare(self._config, look, node)
         primary = doctor.agreed_primary(self._config, look.accounts)
         log.warning("sentinel rebuilt", node=node.name, why=finding.text, primary=str(primary))
         before = look.accounts[node.name].run_id
@@ -259,7 +259,9 @@ class Doctor:
             return f"it has heard of no epoch {epoch}" if now.epoch < epoch else None
 
         async with self._patient(node) as patient:
-            told_apart = {a.node: a for a in (*self._others(look, node), look.accounts[node.name])}
+            told_apart = {
+                a.node: a for a in (*repairable.monitors_beside(self._config, look, node), look.accounts[node.name])
+            }
             seconds = await self._whole_again(
                 patient, dataclasses.replace(look, accounts=told_apart), as_it_should_be, "it was rebuilt"
             )
@@ -271,10 +273,10 @@ class Doctor:
         look = await self.look()
         still = {doctor.key(finding) for finding in doctor.diagnose(self._config, look)}
         stale = [f for f in findings if f.node == node.name and f.cure is Cure.RESET and doctor.key(f) in still]
-        self._require_sound(look)
+        repairable.require_sound(self._config, look)
         if not stale:
             return
-        self._require_whole(look, node)
+        repairable.require_whole(self._config, look, node)
         log.info("sentinel reset", node=node.name, to_forget=[finding.subject for finding in stale])
         async with self._patient(node) as patient:
             done.append(f"reset {node.name}'s sentinel")  # said even if the answer is lost
@@ -330,64 +332,6 @@ class Doctor:
             raise SrdError(
                 "repair", subject, f"after its reset it has found again {', '.join(back)}", "stop what is there"
             )
-
-    # --- whether anything may be touched
-
-    def _require_sound(self, look: Look) -> None:
-        """Refuse unless rule 1 holds."""
-        config = self._config
-        moving = doctor.unsettled(config, look)
-        if moving is not None:
-            self._refuse(moving)
-        if doctor.agreed_primary(config, look.accounts) is None:
-            self._refuse("no majority of them monitors the same redis node")
-
-    def _require_spare(self, look: Look, node: Node) -> None:
-        """Refuse to rebuild a voter's sentinel unless rule 3 holds."""
-        primary, others = doctor.agreed_primary(self._config, look.accounts), self._others(look, node)
-        if len(others) < self._config.majority:
-            self._refuse(f"without the sentinel of {node.name} no majority would answer and monitor {primary}")
-        names = {account.node for account in others}
-        for finding in doctor.diagnose(self._config, look):
-            if finding.trouble in doctor.DISORDER - {Trouble.DUPLICATE_ID} and finding.node in names:
-                self._refuse(f"first mend that of {finding.node}: {finding.text}", finding.remedy)
-
-    def _others(self, look: Look, node: Node) -> list[Account]:
-        """Return who monitors the majority's primary beside a voter; of several with one id the first."""
-        primary = str(doctor.agreed_primary(self._config, look.accounts))
-        voters = [look.accounts[v.name] for v in self._config.voters if v != node and v.name in look.accounts]
-        found: dict[str, Account] = {}
-        for account in voters:
-            if account.primary == primary:
-                found.setdefault(account.run_id, account)
-        return list(found.values())
-
-    def _require_whole(self, look: Look, node: Node) -> None:
-        """Refuse to reset a voter's sentinel unless rule 4 holds."""
-        config = self._config
-        silent = sorted(look.silent)
-        if silent and len(look.accounts) - 1 < config.majority:
-            self._refuse(f"{', '.join(silent)} does not answer, and without {node.name} there would be no majority")
-        for finding in doctor.diagnose(config, look):
-            if finding.trouble in doctor.DISORDER:
-                self._refuse(f"first mend that of {finding.node}: {finding.text}", finding.remedy)
-            if finding.trouble is Trouble.SETTING and finding.subject == "quorum":
-                self._refuse(f"{finding.node}: {finding.text}")
-        for account in look.accounts.values():
-            missing = doctor.not_listed(config, look, account)
-            if missing:
-                self._refuse(f"the sentinel of {account.node} does not list {', '.join(missing)}")
-        primary = doctor.agreed_primary(config, look.accounts)
-        for other in config.redis_nodes:
-            at = Endpoint(other.address, config.redis.port)
-            if at != primary and str(at) not in look.followers:
-                reason = (
-                    f"{other.name} does not follow the primary; a sentinel that forgets it could not demote it later"
-                )
-                self._refuse(reason, "bring its redis up, or take the node out of cluster.toml")
-
-    def _refuse(self, reason: str, remedy: str = "") -> None:
-        raise RefusedError("repair", "the sentinels", reason, remedy)
 
 
 def _identity(account: Account) -> str:

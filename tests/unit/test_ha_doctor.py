@@ -8,46 +8,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.situations import at, config, primary_redis
+from support.accounts import CONFIG, IDS, NAMES, OLD, SENTINEL_PORT, account, listed, look
+from support.situations import at, primary_redis
 
 from srd.cluster import Config
 from srd.findings import Cure, Finding, Trouble
 from srd.ha import doctor
-from srd.ha.doctor import HELLO_LIVES_SECONDS, Look
+from srd.ha.doctor import Look
 from srd.ha.patient import Account, ListedSentinel, wanted_settings
 from srd.model import Role, Secret, Secrets
 from srd.supervise.render import sentinel_conf
-
-CONFIG = config()
-NAMES = ("redis-1", "redis-2", "redis-3")
-IDS = {name: f"{number}" * 40 for number, name in enumerate(NAMES, 1)}
-SENTINEL_PORT = CONFIG.sentinel.port
-OLD = HELLO_LIVES_SECONDS + 1
-
-
-def listed(number: int, **changes: object) -> ListedSentinel:
-    place = at(number, SENTINEL_PORT)
-    return replace(ListedSentinel(IDS.get(f"redis-{number}", "9" * 40), str(place), SENTINEL_PORT, 0.3), **changes)
-
-
-def account(number: int, **changes: object) -> Account:
-    name = f"redis-{number}"
-    whole = Account(
-        node=name,
-        run_id=IDS[name],
-        primary=str(at(1)),
-        epoch=3,
-        settings=wanted_settings(CONFIG, CONFIG.node(name)),
-        sentinels=tuple(listed(other) for other in (1, 2, 3) if other != number),
-        replicas=(str(at(2)), str(at(3))),
-    )
-    return replace(whole, **changes)
-
-
-def look(*changed: Account, silent: tuple[str, ...] = (), **changes: object) -> Look:
-    accounts = {name: account(number) for number, name in enumerate(NAMES, 1) if name not in silent}
-    accounts |= {each.node: each for each in changed}
-    return replace(Look(accounts, dict.fromkeys(silent, "no answer in time"), primary_redis()), **changes)
 
 
 def with_entry(number: int, entry: ListedSentinel) -> Account:
