@@ -31,6 +31,7 @@ from srd.ha.moves import LONGEST_LEAVE_SECONDS, SWITCHOVER_TOPIC, Moves
 from srd.ha.observe import Observer
 from srd.ha.progress import Stock
 from srd.ha.promotion import HEIR_TOPIC, LEASE_TOPIC, SUCCEED_TOPIC, Promotion
+from srd.ha.redis import RedisClient
 from srd.ha.restart import Death
 from srd.ha.switchover import Switchover
 from srd.model import AskPeer, Body, Endpoint, RefusedError, Role, Secrets, SrdError
@@ -77,10 +78,9 @@ class Primacy:
         saved: History = (),
         save: Callable[[History], None] = lambda _: None,
     ) -> None:
-        self._config, self._node, self._situation = config, node, situation
+        self._config, self._node, self._store, self._situation = config, node, store, situation
         self._custody = Custody()
         self._ask_peer = ask_peer
-        switchover: Switchover | None = None
         self._fleet = Fleet(config, secrets)
         self._died = asyncio.Event()  # this node's redis, as a primary
         self._seen_to = asyncio.Event()  # the sentinels have been told of it, or are to find out by themselves
@@ -119,40 +119,10 @@ class Primacy:
             AFTER_TOPIC: self._cold.answer_after,
         }
         own = self._fleet.redises.get(node.name)
+        switchover: Switchover | None = None
         if own is not None:
-            comparing = Loop("cold start", self._cold.reconcile, resync=COMPARING_SECONDS, timeout=REPLACING_SECONDS)
-            self.bodies.append(comparing.run)
-            promotion = Promotion(
-                self._fleet,
-                node,
-                store=store,
-                custody=self._custody,
-                ask_peer=ask_peer,
-                look=self._look_at_redis,
-                observed=self._take_in,
-                judge=self._judge,
-            )
-            self._answers |= {HEIR_TOPIC: promotion.expect, SUCCEED_TOPIC: promotion.succeed}
+            switchover, promotion = self._of_redis(own, keep_data)
             hearers.append(promotion.heard)
-            switchover = Switchover(
-                self._fleet,
-                node,
-                custody=self._custody,
-                losses=self._losses,
-                situation=situation,
-                ask_peer=ask_peer,
-                judge=self._judge,
-                look=self.look,
-            )
-            fence = Fence(own, store, situation=situation, wake=self.look, keep_data=keep_data)
-            fencing = Loop("fence", fence.reconcile, resync=self._pace, timeout=FENCE_PASS_SECONDS)
-            self._watches.append(fencing)
-            self.bodies += [
-                fencing.run,
-                promotion.run,
-                promotion.gather,
-                self._have_it_replaced,
-            ]
         self.moves = Moves(self._fleet, node, switchover=switchover, situation=situation, ask_peer=ask_peer)
         self._answers[SWITCHOVER_TOPIC] = self.moves.answer
         self.bodies.append(self.moves.run)
@@ -167,10 +137,39 @@ class Primacy:
             custody=self._custody,
         )
         self.bodies.append(self.observer.run)
-        self._store = store
         self._primary: Endpoint | None = None  # as the watches have last looked at it
         store.on_change(self._stir)
         self.loops = (self.observer.loop,)
+
+    def _of_redis(self, own: RedisClient, keep_data: Callable[[], Awaitable[None]]) -> tuple[Switchover, Promotion]:
+        """Make the parts of a node that has redis, and have them run; return those that others use."""
+        promotion = Promotion(
+            self._fleet,
+            self._node,
+            store=self._store,
+            custody=self._custody,
+            ask_peer=self._ask_peer,
+            look=self._look_at_redis,
+            observed=self._take_in,
+            judge=self._judge,
+        )
+        switchover = Switchover(
+            self._fleet,
+            self._node,
+            custody=self._custody,
+            losses=self._losses,
+            situation=self._situation,
+            ask_peer=self._ask_peer,
+            judge=self._judge,
+            look=self.look,
+        )
+        fence = Fence(own, self._store, situation=self._situation, wake=self.look, keep_data=keep_data)
+        fencing = Loop("fence", fence.reconcile, resync=self._pace, timeout=FENCE_PASS_SECONDS)
+        comparing = Loop("cold start", self._cold.reconcile, resync=COMPARING_SECONDS, timeout=REPLACING_SECONDS)
+        self._answers |= {HEIR_TOPIC: promotion.expect, SUCCEED_TOPIC: promotion.succeed}
+        self._watches.append(fencing)
+        self.bodies += [comparing.run, fencing.run, promotion.run, promotion.gather, self._have_it_replaced]
+        return switchover, promotion
 
     def _pace(self) -> float:
         view = self._store.view()
