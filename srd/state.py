@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -211,7 +212,7 @@ class SentinelAnswer:
     shows, which is the former one while a failover ends; `unanswered` is the latest that it can be, by at most `took`.
     `vote` is the id of the sentinel that it has last voted for as the leader of a failover, in `vote_epoch`, and
     `vote_seen` is since when that is known. `named_since` is since when it is known to name that primary and no other;
-    `saw_loss`, whether it had found the one lost whom it named before (`lease.has_lost`).
+    `former_until`, when a lease of the one whom it named before can no longer rest on it (`lease.support_ends`).
     """
 
     node: str
@@ -233,7 +234,7 @@ class SentinelAnswer:
     vote_seen: float = 0.0
     took: float = 0.0
     named_since: float = 0.0
-    saw_loss: bool = False
+    former_until: float = math.inf  # CLOCK_BOOTTIME seconds
     set_back: float = 0.0  # seconds by which its wall clock has gone back since it last heard that primary
 
 

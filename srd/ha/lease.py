@@ -17,27 +17,29 @@ later than from the first ping that its sentinel has no reply to: that sentinel 
 One that was cut off, or hung, may be back while it is being replaced. A sentinel that sees it down does not count,
 nor does one in TILT, which has seen its own clock or itself stand still (sentinelCheckTiltCondition), nor one that is
 hurried (ha/failover.py), nor one that has voted in a newer epoch than its configuration's: its leader promotes
-somebody in the next seconds. It counts again when that leader was asked since and is not replacing anybody, or when
-every step of a failover has timed out. 3. One that is back may be asked about before that vote: a leader that found
-enough of the others in agreement has up to a second (five SENTINEL_ASK_PERIODs, sentinelCheckObjectivelyDown) to ask
-for votes from those that see the primary again. So a lease that has lapsed is not taken up again (`Tenure`) before a
-majority has been content with this node for `PROBATION_SECONDS`: a vote shows by then. Unless all sentinels are, for
-then nobody can be replacing anybody. A lease that did not lapse needs none of this: a majority that sees the primary
-down, and one that does not, share a sentinel, which was without a reply for longer than a lease.
+somebody in the next seconds. It counts again when that leader was asked since, is not replacing anybody and names this
+node still, or when every step of a failover has timed out. 3. One that is back may be asked about before that vote: a
+leader that found enough of the others in agreement has up to a second (five SENTINEL_ASK_PERIODs,
+sentinelCheckObjectivelyDown) to ask for votes from those that see the primary again. So a lease that has lapsed is not
+taken up again (`Tenure`) before a majority has been content with this node for `PROBATION_SECONDS`: a vote shows by
+then. Unless all sentinels are, for then nobody can be replacing anybody. A lease that did not lapse needs none of this:
+a majority that sees the primary down, and one that does not, share a sentinel, which was without a reply for longer
+than a lease.
 
 A primary whose redis has died is replaced sooner than that. It says no to /primary by itself then, and gives what is
 left of its lease to the one that was elected, to nobody else and once (ha/custody.py).
 
 A promotion without a failure, which somebody else asks for (SENTINEL FAILOVER), waits for nothing, so whoever is named
 by it waits (`Lease.settled`): until a majority has named it for as long as a lease, unless it was given the former one.
-One after a failure shows by two things: a majority of the sentinels has voted in its epoch, and had found the former
-primary lost when they last named it. Votes alone say little: a sentinel that is asked to fail over asks the others for
-theirs if it sees the primary down itself, and they give them without looking (sentinel.c,
+One after a failure shows by two things: a majority of the sentinels has voted in its epoch, and nothing that these gave
+the former primary can still hold (`support_ends`). Votes alone say little: a sentinel that is asked to fail over asks
+the others for theirs if it sees the primary down itself, and they give them without looking (sentinel.c,
 sentinelAskMasterStateToOtherSentinels, sentinelVoteLeader).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Final
@@ -96,21 +98,36 @@ def assess(config: Config, node: Node, answers: Mapping[str, SentinelAnswer], no
         primary=named if agree >= config.majority else None,
         epoch=epoch,
         unanimous=len(counted) == len(config.voters) and now < counted[-1] + config.primary_lease,
-        settled=epoch == 0 or _settled(config, heard.values(), named, epoch),
+        settled=epoch == 0 or _settled(config, heard.values(), named, epoch, now),
     )
 
 
-def _settled(config: Config, heard: Collection[SentinelAnswer], named: Endpoint | None, epoch: int) -> bool:
+def _settled(config: Config, heard: Collection[SentinelAnswer], named: Endpoint | None, epoch: int, now: float) -> bool:
     """Whether a majority has voted in that epoch after a loss, or has named that endpoint for a whole lease."""
-    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch and _had_lost(config, answer, named))
+    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch and _had_lost(config, answer, named, now))
     lasting = sum(1 for a in heard if a.primary == named and not a.tilt and a.asked - a.named_since >= LEASE_SECONDS)
     return max(voted, lasting) >= config.majority
 
 
-def _had_lost(config: Config, answer: SentinelAnswer, named: Endpoint | None) -> bool:
+def _had_lost(config: Config, answer: SentinelAnswer, named: Endpoint | None, now: float) -> bool:
     """Whether a sentinel had found the one lost whom it named before this one, or names still."""
     about_former = answer.primary != named or PROMOTED_FLAG in answer.flags
-    return answer.saw_loss or (about_former and has_lost(config, answer))
+    return answer.former_until <= now or (about_former and has_lost(config, answer))
+
+
+def support_ends(config: Config, last: SentinelAnswer, epoch: int) -> float:
+    """Return when what a sentinel gave whom it named before has ended, now that it names another in this epoch.
+
+    `last` is its last answer about that one; infinity if that does not tell.
+
+    At once if it had found that one lost. Otherwise a lease after the first ping without a reply, if it had voted in
+    that epoch by then: what it says after the vote counts for nobody (`_elects`), and what it said before, no longer.
+    """
+    if has_lost(config, last):
+        return last.asked
+    if last.unanswered is not None and last.vote_epoch >= epoch:
+        return last.unanswered + LEASE_SECONDS
+    return math.inf
 
 
 def has_lost(config: Config, answer: SentinelAnswer) -> bool:
@@ -155,7 +172,7 @@ def _is_hurried(config: Config, answer: SentinelAnswer) -> bool:
 
 
 def _elects(config: Config, answer: SentinelAnswer, answers: Mapping[str, SentinelAnswer], now: float) -> bool:
-    """Whether this sentinel has voted for a leader that may still be about to promote somebody."""
+    """Whether this sentinel has voted for a leader that may still be about to promote somebody, or has done so."""
     if answer.vote is None or answer.vote_epoch <= answer.epoch:
         return False
     if now - answer.vote_seen >= FAILOVER_STEPS * config.sentinel.failover_timeout:
@@ -163,7 +180,8 @@ def _elects(config: Config, answer: SentinelAnswer, answers: Mapping[str, Sentin
     leader = next((other for other in answers.values() if other.run_id == answer.vote), None)
     if leader is None or leader.asked <= answer.vote_seen:
         return True
-    return FAILOVER_FLAG in leader.flags or PROMOTED_FLAG in leader.flags
+    replacing = FAILOVER_FLAG in leader.flags or PROMOTED_FLAG in leader.flags
+    return replacing or leader.primary != answer.primary  # it has replaced that one, and this sentinel will hear of it
 
 
 class Tenure:

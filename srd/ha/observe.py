@@ -23,7 +23,7 @@ import structlog
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
-from srd.ha.lease import Tenure, assess, endpoint_of, fresh, has_lost
+from srd.ha.lease import Tenure, assess, endpoint_of, fresh, support_ends
 from srd.ha.redis import RedisClient
 from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
@@ -254,7 +254,7 @@ class Observer:
             await self._keep(client, answer)
 
     def _dated(self, answer: SentinelAnswer) -> SentinelAnswer:
-        """Say since when its vote is known, since when it names this primary, and how it had found the one before."""
+        """Say since when its vote is known, since when it names this primary, and what the one before had of it."""
         before = self._known.get(answer.node)
         same_vote = before is not None and (before.vote, before.vote_epoch) == (answer.vote, answer.vote_epoch)
         seen = before.vote_seen if before is not None and same_vote else self._clock()
@@ -264,7 +264,7 @@ class Observer:
             answer = dataclasses.replace(
                 answer,
                 named_since=before.named_since if same else answer.asked,
-                saw_loss=before.saw_loss if same else has_lost(self._config, before),
+                former_until=before.former_until if same else support_ends(self._config, before, answer.epoch),
             )
         self._known[answer.node] = answer
         return answer

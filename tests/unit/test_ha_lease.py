@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srd.cluster import Config
+from srd.cluster import LEASE_SECONDS, Config
 from srd.config import parse_config
-from srd.ha.lease import PROBATION_SECONDS, Tenure, assess, endpoint_of, fresh
+from srd.ha.lease import PROBATION_SECONDS, Tenure, assess, endpoint_of, fresh, support_ends
 from srd.model import Endpoint, IpAddress
 from srd.state import Lease, SentinelAnswer
 
@@ -207,6 +208,7 @@ LEADS = {"flags": frozenset({"master", "o_down", "failover_in_progress"})}
         ((voted("n2", "n3"), voted("n3", "n3", **LEADS)), False),  # it is replacing n1, and n2 has voted for that
         ((voted("n2", "n3"),), False),  # whether n3 is, nobody knows
         ((voted("n2", "n3"), voted("n3", "n3")), True),  # asked since, it is not: the attempt was given up
+        ((voted("n2", "n3"), answer("n3", N2, 10.0, run_id="id of n3", epoch=1)), False),  # it has replaced n1
         ((voted("n2", "n3", seen=10.0), answer("n3", N1, 9.9, unanswered=7.5)), False),  # it may have begun since
         ((answer("n2", N1, 10.0, down_after=0.2),), False),  # it is hurried: it may vote at any moment
         ((answer("n2", N1, 10.0, down_after=5.0),), True),
@@ -318,6 +320,10 @@ def test_what_was_given_helps_nobody_whose_lease_has_lapsed_since() -> None:
     assert tenure.expires(lease(epoch=2, settled=False), 7.5 + PROBATION_SECONDS, given=True) == 2.0
 
 
+def lost_at(moment: float, lost: bool) -> dict[str, float]:  # noqa: FBT001 - a table's column
+    return {"former_until": moment} if lost else {}
+
+
 @pytest.mark.parametrize(
     ("votes", "lost", "named_for", "settled"),
     [
@@ -338,7 +344,7 @@ def test_nobody_else_has_a_lease_after_a_vote_and_a_loss_or_a_lease_later(
 ) -> None:
     heard = answers(
         *(
-            answer(node.name, N1, 10.0, epoch=4, vote_epoch=vote, saw_loss=loss, named_since=10.0 - seconds)
+            answer(node.name, N1, 10.0, epoch=4, vote_epoch=vote, named_since=10.0 - seconds, **lost_at(9.8, loss))
             for node, vote, loss, seconds in zip(CONFIG.nodes, votes, lost, named_for, strict=True)
         )
     )
@@ -361,10 +367,52 @@ def test_a_sentinel_that_still_names_the_former_one_tells_by_itself_whether_that
     lost: bool,  # noqa: FBT001 - a table's column
 ) -> None:
     new = {"epoch": 4, "vote_epoch": 4}
-    leader = answer("n2", N2, 10.0, saw_loss=True, named_since=10.0, **new)
+    leader = answer("n2", N2, 10.0, former_until=10.0, named_since=10.0, **new)
     other = answer("n3", N2, 10.0, named_since=10.0, epoch=4)
     voter = answer("n1", N1, 10.0, vote_epoch=4, **last)
     assert assess(CONFIG, CONFIG.node("n2"), answers(leader, voter, other), 10.1).settled == lost
+
+
+@pytest.mark.parametrize(
+    ("last", "until"),
+    [
+        ({}, math.inf),
+        ({"unanswered": 9.2}, math.inf),
+        ({"unanswered": 9.2, "vote_epoch": 3}, math.inf),
+        ({"unanswered": 9.2, "vote_epoch": 4}, 9.2 + LEASE_SECONDS),
+        ({"unanswered": 9.2, "vote_epoch": 5}, 9.2 + LEASE_SECONDS),
+        ({"vote_epoch": 4}, math.inf),
+        ({"unanswered": 9.2, "vote_epoch": 4, "flags": CLEAN | {"s_down"}}, 10.0),
+        ({"unanswered": 8.0}, 10.0),
+        ({"down_after": 0.2}, 10.0),
+    ],
+    ids=[
+        "well",
+        "a ping under way",
+        "an older vote",
+        "voted",
+        "voted again",
+        "well and voted",
+        "down",
+        "silent",
+        "hurried",
+    ],
+)
+def test_what_a_sentinel_gave_ends_with_a_loss_or_a_lease_after_the_last_ping_that_was_answered_before_its_vote(
+    last: dict[str, object], until: float
+) -> None:
+    assert support_ends(CONFIG, answer("n1", N1, 10.0, **last), 4) == until
+
+
+def test_nobody_else_has_a_lease_as_soon_as_what_a_majority_gave_the_former_one_has_ended() -> None:
+    voted = {"epoch": 4, "vote_epoch": 4, "named_since": 10.0}
+    heard = answers(
+        answer("n1", N2, 10.0, former_until=10.4, **voted),
+        answer("n2", N2, 10.0, former_until=10.9, **voted),
+        answer("n3", N2, 10.0, **voted),
+    )
+    settled = [assess(CONFIG, CONFIG.node("n2"), heard, now).settled for now in (10.3, 10.8, 10.9, 11.5)]
+    assert settled == [False, False, True, True]
 
 
 def test_nobody_had_a_lease_before_the_first_epoch() -> None:
