@@ -132,7 +132,9 @@ class Promotion:
     async def _have_it_known(self, offer: asyncio.Task[Offer | None]) -> None:
         """Have the sentinels name this node; where clients come by a lease that it is given, after they have come."""
         former, leader = self._former, self._leader
-        done, _ = await asyncio.wait((offer,), timeout=CLIENTS_SECONDS)
+        gone = self._fleet.config.node_at(former.address) if former is not None else None
+        silent = gone is not None and gone.name in self._store.view().silent  # a srd there gives nothing either
+        done, _ = await asyncio.wait((offer,), timeout=0 if silent else CLIENTS_SECONDS)
         given = offer.result() if done else None
         if given is not None and given.left(boottime()) >= WORTHWHILE_SECONDS:
             await asyncio.sleep(CLIENTS_SECONDS)
