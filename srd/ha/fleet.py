@@ -53,7 +53,7 @@ class Fleet:
         """Be in touch with every redis, so that what it is told next costs one round trip."""
         await on_all(self.redises, lambda redis: redis.role(seconds))
 
-    async def have_follow(self, node: Node, seconds: float, among: Collection[str] = ()) -> list[str]:
+    async def have_follow(self, node: Node, seconds: float, among: Collection[str] | None = None) -> list[str]:
         """Have the redis of every other node that is a replica follow this node's; return who has heard that.
 
         `among` are those nodes that are told, if not all.
@@ -64,7 +64,7 @@ class Fleet:
             if await redis.role(seconds) is Role.REPLICA:
                 await redis.follow(primary, seconds)
 
-        others = {name: client for name, client in self._others(node).items() if not among or name in among}
+        others = {name: client for name, client in self._others(node).items() if among is None or name in among}
         return sorted(await on_all(others, follow))
 
     def _others(self, node: Node) -> dict[str, RedisClient]:

@@ -39,6 +39,7 @@ sentinelAskMasterStateToOtherSentinels, sentinelVoteLeader).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -104,15 +105,16 @@ def assess(config: Config, node: Node, answers: Mapping[str, SentinelAnswer], no
 
 def _settled(config: Config, heard: Collection[SentinelAnswer], named: Endpoint | None, epoch: int, now: float) -> bool:
     """Whether a majority has voted in that epoch after a loss, or has named that endpoint for a whole lease."""
-    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch and _had_lost(config, answer, named, now))
+    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch and _had_lost(config, answer, named, epoch, now))
     lasting = sum(1 for a in heard if a.primary == named and not a.tilt and a.asked - a.named_since >= LEASE_SECONDS)
     return max(voted, lasting) >= config.majority
 
 
-def _had_lost(config: Config, answer: SentinelAnswer, named: Endpoint | None, now: float) -> bool:
-    """Whether a sentinel had found the one lost whom it named before this one, or names still."""
-    about_former = answer.primary != named or PROMOTED_FLAG in answer.flags
-    return answer.former_until <= now or (about_former and has_lost(config, answer))
+def _had_lost(config: Config, answer: SentinelAnswer, named: Endpoint | None, epoch: int, now: float) -> bool:
+    """Whether nothing that a sentinel gave the former primary, whom it named before or names still, holds any more."""
+    if answer.primary != named:
+        return support_ends(config, answer, epoch) <= now
+    return answer.former_until <= now or (PROMOTED_FLAG in answer.flags and has_lost(config, answer))
 
 
 def support_ends(config: Config, last: SentinelAnswer, epoch: int) -> float:
@@ -120,14 +122,38 @@ def support_ends(config: Config, last: SentinelAnswer, epoch: int) -> float:
 
     `last` is its last answer about that one; infinity if that does not tell.
 
-    At once if it had found that one lost. Otherwise a lease after the first ping without a reply, if it had voted in
-    that epoch by then: what it says after the vote counts for nobody (`_elects`), and what it said before, no longer.
+    At once if it had found that one lost. Otherwise a lease after the first ping without a reply, if it had voted by
+    then for who leads in that epoch. What it said before the vote counts from that ping at the latest, and what it says
+    after it counts for nobody (`_elects`): an epoch has one leader, which is replacing the former primary from before
+    the first vote until it names the new one, so in this epoch it cannot have given up.
     """
+    if last.tilt or PROMOTED_FLAG in last.flags:
+        return math.inf  # its times are in doubt, or of the one before
     if has_lost(config, last):
         return last.asked
-    if last.unanswered is not None and last.vote_epoch >= epoch:
-        return last.unanswered + LEASE_SECONDS
-    return math.inf
+    voted = last.vote is not None and last.vote_epoch == epoch > last.epoch
+    return last.unanswered + LEASE_SECONDS if voted and last.unanswered is not None else math.inf
+
+
+def dated(config: Config, before: SentinelAnswer | None, answer: SentinelAnswer, now: float) -> SentinelAnswer:
+    """Return a sentinel's answer with what follows from the one before it.
+
+    That is since when its vote is known, since when it names this primary, and until when what it gave the one before
+    may hold. A vote that it has forgotten stands: a restart and a change of the primary keep the epoch of the last vote
+    and not for whom it was (sentinel.c, sentinelResetMaster, rewriteConfigSentinelOption).
+    """
+    if before is not None and answer.vote in (None, before.vote) and answer.vote_epoch == before.vote_epoch:
+        answer = dataclasses.replace(answer, vote=before.vote, vote_seen=before.vote_seen)
+    else:
+        answer = dataclasses.replace(answer, vote_seen=now)
+    if before is None or answer.asked - before.asked >= config.primary_lease:
+        return answer
+    if answer.primary == before.primary:
+        return dataclasses.replace(answer, named_since=before.named_since, former_until=before.former_until)
+    # Of two changes within a lease, what the former one of both was given counts, too.
+    earlier = min(before.former_until, before.named_since + LEASE_SECONDS)
+    ends = max(earlier, support_ends(config, before, answer.epoch))
+    return dataclasses.replace(answer, named_since=answer.asked, former_until=ends)
 
 
 def has_lost(config: Config, answer: SentinelAnswer) -> bool:

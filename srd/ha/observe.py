@@ -23,7 +23,7 @@ import structlog
 
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY, Config, Node
 from srd.ha.custody import Custody
-from srd.ha.lease import Tenure, assess, endpoint_of, fresh, support_ends
+from srd.ha.lease import Tenure, assess, dated, endpoint_of, fresh
 from srd.ha.redis import RedisClient
 from srd.ha.resp import ANSWER_SECONDS, RespError
 from srd.ha.restart import Death
@@ -256,17 +256,7 @@ class Observer:
     def _dated(self, answer: SentinelAnswer) -> SentinelAnswer:
         """Say since when its vote is known, since when it names this primary, and what the one before had of it."""
         before = self._known.get(answer.node)
-        same_vote = before is not None and (before.vote, before.vote_epoch) == (answer.vote, answer.vote_epoch)
-        seen = before.vote_seen if before is not None and same_vote else self._clock()
-        answer = dataclasses.replace(answer, vote_seen=seen)
-        if before is not None and answer.asked - before.asked < self._config.primary_lease:
-            same = answer.primary == before.primary
-            answer = dataclasses.replace(
-                answer,
-                named_since=before.named_since if same else answer.asked,
-                former_until=before.former_until if same else support_ends(self._config, before, answer.epoch),
-            )
-        self._known[answer.node] = answer
+        self._known[answer.node] = answer = dated(self._config, before, answer, self._clock())
         return answer
 
     async def _keep(self, client: SentinelClient, answer: SentinelAnswer) -> None:

@@ -133,7 +133,8 @@ class Promotion:
         """Have the sentinels name this node; where clients come by a lease that it is given, after they have come."""
         former, leader = self._former, self._leader
         gone = self._fleet.config.node_at(former.address) if former is not None else None
-        silent = gone is not None and gone.name in self._store.view().silent  # a srd there gives nothing either
+        # Where not even the sentinel answers, a srd is not waited for.
+        silent = gone is not None and gone.name in self._store.view().silent
         done, _ = await asyncio.wait((offer,), timeout=0 if silent else CLIENTS_SECONDS)
         given = offer.result() if done else None
         if given is not None and given.left(boottime()) >= WORTHWHILE_SECONDS:
@@ -235,18 +236,20 @@ class Promotion:
         config, former = self._fleet.config, self._former
         gone = config.node_at(former.address) if former is not None else None
         until = boottime() + config.sentinel.failover_timeout
-        waiting = {node.name for node in config.redis_nodes if node != self._node}
-        while True:
-            followers = await self._fleet.have_follow(self._node, STEP_SECONDS, waiting)
-            log.info("promoted", replicas=followers)
-            waiting -= {*followers, *self._store.view().silent, gone.name if gone is not None else ""}
-            if not waiting or boottime() > until:
-                return
+        followers = await self._fleet.have_follow(self._node, STEP_SECONDS)
+        log.info("promoted", replicas=followers)
+        waiting = {node.name for node in config.redis_nodes if node not in (self._node, gone)} - {*followers}
+        while waiting - self._store.view().silent.keys() and boottime() < until:
             await asyncio.sleep(AGAIN_SECONDS)
-            redis = self._store.view().redis
-            news = self._selected.is_set() or self._followers.is_set()
-            if news or redis is None or redis.role is not Role.PRIMARY:
+            if not self._is_to_be_primary(former):
                 return
+            waiting -= {*await self._fleet.have_follow(self._node, STEP_SECONDS, waiting)}
+
+    def _is_to_be_primary(self, former: Endpoint | None) -> bool:
+        """Whether this node's redis is the primary, nobody has fenced it, and nobody else was promoted since."""
+        view, own = self._store.view(), endpoint_of(self._fleet.config, self._node)
+        news = self._selected.is_set() or self._followers.is_set() or view.named not in (None, former, own)
+        return view.redis is not None and view.redis.role is Role.PRIMARY and not view.fenced and not news
 
 
 async def _promoted(own: RedisClient) -> float | None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from srd.cluster import LEASE_SECONDS, Config
 from srd.config import parse_config
-from srd.ha.lease import PROBATION_SECONDS, Tenure, assess, endpoint_of, fresh, support_ends
+from srd.ha.lease import PROBATION_SECONDS, PROMOTED_FLAG, Tenure, assess, dated, endpoint_of, fresh, support_ends
 from srd.model import Endpoint, IpAddress
 from srd.state import Lease, SentinelAnswer
 
@@ -359,8 +359,9 @@ def test_nobody_else_has_a_lease_after_a_vote_and_a_loss_or_a_lease_later(
         ({"unanswered": 8.0}, True),
         ({"flags": CLEAN | {"s_down"}}, True),
         ({"down_after": 0.2}, True),
+        ({"former_until": 5.0}, False),
     ],
-    ids=["well", "a ping under way", "silent", "down", "hurried"],
+    ids=["well", "a ping under way", "silent", "down", "hurried", "well, and had lost the one before"],
 )
 def test_a_sentinel_that_still_names_the_former_one_tells_by_itself_whether_that_is_lost(
     last: dict[str, object],
@@ -378,30 +379,82 @@ def test_a_sentinel_that_still_names_the_former_one_tells_by_itself_whether_that
     [
         ({}, math.inf),
         ({"unanswered": 9.2}, math.inf),
-        ({"unanswered": 9.2, "vote_epoch": 3}, math.inf),
-        ({"unanswered": 9.2, "vote_epoch": 4}, 9.2 + LEASE_SECONDS),
-        ({"unanswered": 9.2, "vote_epoch": 5}, 9.2 + LEASE_SECONDS),
-        ({"vote_epoch": 4}, math.inf),
-        ({"unanswered": 9.2, "vote_epoch": 4, "flags": CLEAN | {"s_down"}}, 10.0),
+        ({"unanswered": 9.2, "vote": "c", "vote_epoch": 4}, 9.2 + LEASE_SECONDS),
+        ({"unanswered": 9.2, "vote": "c", "vote_epoch": 3}, math.inf),
+        ({"unanswered": 9.2, "vote": "c", "vote_epoch": 5}, math.inf),
+        ({"unanswered": 9.2, "vote": None, "vote_epoch": 4}, math.inf),
+        ({"unanswered": 9.2, "vote": "c", "vote_epoch": 4, "epoch": 4}, math.inf),
+        ({"vote": "c", "vote_epoch": 4}, math.inf),
+        ({"unanswered": 9.2, "vote": "c", "vote_epoch": 4, "flags": CLEAN | {"s_down"}}, 10.0),
         ({"unanswered": 8.0}, 10.0),
         ({"down_after": 0.2}, 10.0),
+        ({"unanswered": 8.0, "tilt": True}, math.inf),
+        ({"unanswered": 8.0, "flags": frozenset({PROMOTED_FLAG})}, math.inf),
     ],
     ids=[
         "well",
         "a ping under way",
-        "an older vote",
         "voted",
-        "voted again",
+        "an older vote",
+        "a later vote",
+        "nobody knows for whom",
+        "for what it has taken in",
         "well and voted",
         "down",
         "silent",
         "hurried",
+        "in TILT",
+        "of the one before",
     ],
 )
-def test_what_a_sentinel_gave_ends_with_a_loss_or_a_lease_after_the_last_ping_that_was_answered_before_its_vote(
+def test_what_a_sentinel_gave_ends_with_a_loss_or_a_lease_after_the_first_ping_without_a_reply_if_it_has_voted(
     last: dict[str, object], until: float
 ) -> None:
     assert support_ends(CONFIG, answer("n1", N1, 10.0, **last), 4) == until
+
+
+VOTED = {"unanswered": 9.2, "vote": "c", "vote_epoch": 4}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "until"),
+    [
+        (answer("n2", N1, 10.0, named_since=1.0, **VOTED), answer("n2", N2, 10.3, epoch=4), 9.2 + LEASE_SECONDS),
+        (answer("n2", N1, 10.0, named_since=9.5, **VOTED), answer("n2", N2, 10.3, epoch=4), 9.5 + LEASE_SECONDS),
+        (
+            answer("n2", N1, 10.0, named_since=9.9, former_until=9.0, **VOTED),
+            answer("n2", N2, 10.3, epoch=4),
+            9.2 + LEASE_SECONDS,
+        ),
+        (answer("n2", N1, 8.0, named_since=1.0, **VOTED), answer("n2", N2, 10.3, epoch=4), math.inf),
+        (answer("n2", N2, 10.0, former_until=9.0), answer("n2", N2, 10.3, epoch=4), 9.0),
+        (None, answer("n2", N2, 10.3, epoch=4), math.inf),
+    ],
+    ids=["changed", "changed twice", "changed twice after a loss", "long ago", "the same", "never heard"],
+)
+def test_an_answer_tells_until_when_what_was_given_to_the_former_one_may_hold(
+    before: SentinelAnswer | None, now: SentinelAnswer, until: float
+) -> None:
+    assert dated(CONFIG, before, now, 10.4).former_until == until
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "vote", "seen"),
+    [
+        ({}, {"vote": "c", "vote_epoch": 4}, "c", 10.4),
+        ({"vote": "c", "vote_epoch": 4}, {"vote": "c", "vote_epoch": 4}, "c", 7.0),
+        ({"vote": "c", "vote_epoch": 4}, {"vote": None, "vote_epoch": 4}, "c", 7.0),
+        ({"vote": "c", "vote_epoch": 4}, {"vote": "d", "vote_epoch": 5}, "d", 10.4),
+        ({"vote": "c", "vote_epoch": 4}, {"vote": None, "vote_epoch": 5}, None, 10.4),
+    ],
+    ids=["new", "known", "forgotten", "another", "of another epoch"],
+)
+def test_a_vote_that_a_sentinel_has_forgotten_stands(
+    before: dict[str, object], now: dict[str, object], vote: str | None, seen: float
+) -> None:
+    earlier, later = answer("n2", N1, 10.0, vote_seen=7.0, **before), answer("n2", N1, 10.3, **now)
+    told = dated(CONFIG, earlier, later, 10.4)
+    assert (told.vote, told.vote_seen) == (vote, seen)
 
 
 def test_nobody_else_has_a_lease_as_soon_as_what_a_majority_gave_the_former_one_has_ended() -> None:
