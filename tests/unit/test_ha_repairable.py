@@ -29,7 +29,7 @@ def test_in_a_whole_cluster_each_may_be_touched() -> None:
     ("seen", "why"),
     [
         (look(silent=("redis-2", "redis-3")), "1 of 3"),
-        (look(account(1, flags=frozenset({"master", "o_down"}))), "redis-1"),
+        (look(account(1, flags=frozenset({"master", "o_down"}))), "redis-1 and others take the primary for down"),
         (look(account(1, primary=str(at(2))), ELSEWHERE), "no majority of them monitors the same"),
         (look(redis=None), "does not answer as primary"),
         (look(redis=primary_redis(role=Role.REPLICA)), "does not answer as primary"),
@@ -48,6 +48,13 @@ def test_who_is_in_disorder_may_be_rebuilt_where_the_others_are_a_majority_witho
         require_spare(CONFIG, replace(seen, accounts={**seen.accounts, "redis-2": account(2, primary=None)}), THIRD)
 
 
+def test_none_is_rebuilt_while_another_of_those_that_stay_is_in_disorder() -> None:
+    doubtful = account(2, flags=frozenset({"master", "s_down"}))
+    with pytest.raises(RefusedError, match="first mend that of redis-2"):
+        require_spare(CONFIG, look(ELSEWHERE, doubtful), THIRD)
+    require_spare(CONFIG, look(account(3, flags=doubtful.flags)), THIRD)
+
+
 def test_of_two_with_one_id_only_one_counts() -> None:
     assert [each.node for each in monitors_beside(CONFIG, look(TWIN), FIRST)] == ["redis-2"]
     assert [each.node for each in monitors_beside(CONFIG, look(TWIN), THIRD)] == ["redis-1", "redis-2"]
@@ -58,7 +65,7 @@ def test_of_two_with_one_id_only_one_counts() -> None:
     [
         (look(silent=("redis-3",)), "redis-3 does not answer"),
         (look(ELSEWHERE), "first mend that of redis-3"),
-        (look(account(3, settings={**account(3).settings, "quorum": "1"})), "redis-3: "),
+        (look(account(3, settings={**account(3).settings, "quorum": "1"})), "redis-3: quorum is 1"),
         (look(account(3, sentinels=(listed(1),))), "redis-3: it does not know the sentinel of redis-2"),
         (look(account(3, replicas=(str(at(2)),))), "the sentinel of redis-3 does not list the replica redis-3"),
         (look(redis=primary_redis(replicas=())), "redis-2 does not follow the primary"),
