@@ -105,12 +105,14 @@ def assess(config: Config, node: Node, answers: Mapping[str, SentinelAnswer], no
 
 def _settled(config: Config, heard: Collection[SentinelAnswer], named: Endpoint | None, epoch: int, now: float) -> bool:
     """Whether a majority has voted in that epoch after a loss, or has named that endpoint for a whole lease."""
-    voted = sum(1 for answer in heard if answer.vote_epoch >= epoch and _had_lost(config, answer, named, epoch, now))
+    voted = sum(
+        1 for answer in heard if answer.vote_epoch >= epoch and _support_has_ended(config, answer, named, epoch, now)
+    )
     lasting = sum(1 for a in heard if a.primary == named and not a.tilt and a.asked - a.named_since >= LEASE_SECONDS)
     return max(voted, lasting) >= config.majority
 
 
-def _had_lost(config: Config, answer: SentinelAnswer, named: Endpoint | None, epoch: int, now: float) -> bool:
+def _support_has_ended(config: Config, answer: SentinelAnswer, named: Endpoint | None, epoch: int, now: float) -> bool:
     """Whether nothing that a sentinel gave the former primary, whom it named before or names still, holds any more."""
     if answer.primary != named:
         return support_ends(config, answer, epoch) <= now

@@ -131,8 +131,7 @@ class Promotion:
 
     async def _have_it_known(self, offer: asyncio.Task[Offer | None]) -> None:
         """Have the sentinels name this node; where clients come by a lease that it is given, after they have come."""
-        former, leader = self._former, self._leader
-        gone = self._fleet.config.node_at(former.address) if former is not None else None
+        former, leader, gone = self._former, self._leader, self._predecessor()
         # Where not even the sentinel answers, a srd is not waited for.
         silent = gone is not None and gone.name in self._store.view().silent
         done, _ = await asyncio.wait((offer,), timeout=0 if silent else CLIENTS_SECONDS)
@@ -200,10 +199,13 @@ class Promotion:
                 await have_named(self._fleet.config, self._fleet.sentinels, former, own)
                 self._look()
 
+    def _predecessor(self) -> Node | None:
+        """Return the node whose place this one takes; None if that is none of the cluster's."""
+        return self._fleet.config.node_at(self._former.address) if self._former is not None else None
+
     async def _ask_for_lease(self) -> Offer | None:
         """Ask the former primary's srd for what is left of its lease; None if it does not give it."""
-        config = self._fleet.config
-        former = config.node_at(self._former.address) if self._former is not None else None
+        former = self._predecessor()
         if former is None or former == self._node:
             return None
         asked = boottime()
@@ -233,8 +235,7 @@ class Promotion:
 
     async def _gather(self) -> None:
         """Have the replicas follow; whoever is there and has not heard it is told again, while this one is primary."""
-        config, former = self._fleet.config, self._former
-        gone = config.node_at(former.address) if former is not None else None
+        config, former, gone = self._fleet.config, self._former, self._predecessor()
         until = boottime() + config.sentinel.failover_timeout
         followers = await self._fleet.have_follow(self._node, STEP_SECONDS)
         log.info("promoted", replicas=followers)

@@ -9,8 +9,9 @@ from srd.cluster import Config, Node
 from srd.findings import Trouble
 from srd.ha import doctor
 from srd.ha.doctor import Look
+from srd.ha.lease import endpoint_of
 from srd.ha.patient import Account
-from srd.model import Endpoint, RefusedError
+from srd.model import RefusedError
 
 
 def require_sound(config: Config, look: Look) -> None:
@@ -49,7 +50,7 @@ def require_whole(config: Config, look: Look, node: Node) -> None:
             _refuse(f"the sentinel of {account.node} does not list {', '.join(missing)}")
     primary = doctor.agreed_primary(config, look.accounts)
     for other in config.redis_nodes:
-        at = Endpoint(other.address, config.redis.port)
+        at = endpoint_of(config, other)
         if at != primary and str(at) not in look.followers:
             _refuse(
                 f"{other.name} does not follow the primary; a sentinel that forgets it could not demote it later",
