@@ -16,9 +16,9 @@ The primary's srd does it, in this order (A is the primary, B its successor, S o
 7. B's srd has A and the other replicas follow B: 0.1 s later, when the clients are there, or at once if B has not as
    many replicas yet as a write needs; then A's srd does not wait for that either, before step 6. Whoever misses that,
    because it hangs, follows when the sentinels name B (ha/fence.py).
-8. The sentinels vote for a new epoch, and are told that B is primary in it (ha/naming.py). Where that fails, S is
-   told SENTINEL FAILOVER: it selects B by its priority, finds it promoted, and makes an epoch. One sentinel only,
-   because two that are told promote two.
+8. The sentinels vote for a new epoch, and are told that B is primary in it (ha/naming.py): another 0.1 s later, when
+   the replicas are there. Where that fails, S is told SENTINEL FAILOVER: it selects B by its priority, finds it
+   promoted, and makes an epoch. One sentinel only, because two that are told promote two.
 
 Measured elsewhere and not done: SENTINEL FAILOVER alone leaves the old primary taking writes for 11 s (53,000 to 61,000
 of 90,000 lost); a pause that outlasts the failover writes what waited to the old primary when it ends (24,000 lost);
@@ -210,7 +210,7 @@ class Switchover:
             gap = boottime() - paused
             self._losses.handed_over(gap)
             await _quietly(old.end_clients(STEP_SECONDS))
-            await asyncio.sleep(CLIENTS_SECONDS)
+            await asyncio.sleep(2 * CLIENTS_SECONDS)  # after them the replicas come
             if not await have_named(self._fleet.config, self._fleet.sentinels, loss.primary, endpoint):
                 await make_epoch(sentinels, loss.primary)
             return gap
