@@ -1,10 +1,10 @@
 """Has the sentinels name a new primary at once, in an epoch that a majority has voted for.
 
 Of one that was made primary on purpose (`have_named`): what a sentinel's leader does after a failover, without the
-failover. Two steps, each asked of all at once:
+failover. Two steps:
 
-1. A vote for a new epoch (SENTINEL IS-MASTER-DOWN-BY-ADDR with an epoch and a leader's id): a majority gives it to an
-   id that is nobody else's, so nobody else can lead in that epoch (sentinel.c, sentinelVoteLeader).
+1. A vote for a new epoch (SENTINEL IS-MASTER-DOWN-BY-ADDR with an epoch and a leader's id), of all at once: a majority
+   gives it to an id that is nobody else's, so nobody else can lead in that epoch (sentinel.c, sentinelVoteLeader).
 2. The hello by which sentinels tell one another of a newer configuration (sentinel.c, sentinelProcessHelloMessage):
    they take it in at once, and spread it among themselves should one of them miss it. It comes to each as if from
    another one that it knows: of itself it would make a sentinel of its own.
@@ -13,14 +13,14 @@ SENTINEL FAILOVER would do as well, and is asked for where nobody votes. But it 
 successor is not named, and the sentinel that was asked is busy with it; no majority has voted for its epoch; and it
 ends the connections of the new primary's clients, which have just come (CLIENT KILL TYPE normal, sentinelSendSlaveOf).
 Here each sentinel may begin a failover at once: whoever takes a configuration in forgets when it has tried or voted
-last (sentinelResetMaster). They are told one after the other: whoever takes it in opens its six connections to the
-redises anew, and each srd asks what it says now.
+last (sentinelResetMaster). With `apart` they are told one after the other: whoever takes it in opens its two
+connections to each redis anew, and each srd asks what it says now.
 
 Of one that a leader has chosen (`have_choice_known`) the first step is done: a majority has voted for that leader in
 that epoch, and it has said whom it promotes. It learns that this has happened by its next INFO, up to a second later,
 and only then tells the others; until then they name the former one, and should the new primary be gone again by then,
-the leader finds out after failover-timeout only. The second step is the same. The leader takes it in as well, and with
-that its failover is over: it tells no replica any more whom to follow (ha/promotion.py does).
+the leader finds out after failover-timeout only. The second step is the same, of all at once. The leader takes it in as
+well, and with that its failover is over: it tells no replica any more whom to follow (ha/promotion.py does).
 """
 
 from __future__ import annotations
@@ -48,16 +48,20 @@ STEP_SECONDS: Final = 0.5
 FAILOVER_STEP_SECONDS: Final = 1.0
 # One that does not answer may have taken it in; it does no harm twice.
 ATTEMPTS: Final = 3
-# Between one and the next that is told of a primary which leads already. With all at once clients had no answer for
-# 35 to 60 ms on the lab's one CPU, longer than for the move itself; so for 20 to 40.
-APART_SECONDS: Final = 0.05
 _SPEAKERS: Final = 2
 
 
 async def have_named(
-    config: Config, sentinels: Mapping[str, SentinelClient], former: Endpoint, successor: Endpoint
+    config: Config,
+    sentinels: Mapping[str, SentinelClient],
+    former: Endpoint,
+    successor: Endpoint,
+    *,
+    apart: float = 0.0,
 ) -> bool:
     """Have the sentinels, by node, name the successor of a former primary; False when none of them was told anything.
+
+    They are told so many seconds `apart`.
 
     Once one was told, it is spread; whoever asked for a failover then would have the successor replaced.
     """
@@ -75,7 +79,7 @@ async def have_named(
     if sum(votes.values()) < config.majority:
         log.warning("no majority of the sentinels votes", epoch=epoch, votes=votes)
         return False
-    await _tell(config, asked, naming, successor, epoch, apart=APART_SECONDS)
+    await _tell(config, asked, naming, successor, epoch, apart=apart)
     return True
 
 
@@ -118,10 +122,10 @@ async def _tell(
     apart: float = 0.0,
 ) -> None:
     """Tell those sentinels of a configuration, so many seconds apart, again until a majority has heard it."""
-    turn = {name: number * apart for number, name in enumerate(asked)}
+    pauses = {name: number * apart for number, name in enumerate(asked)}
 
     async def tell(one: SentinelClient) -> None:
-        await asyncio.sleep(turn[one.node])
+        await asyncio.sleep(pauses[one.node])
         await one.hear(_another(config, one.node, naming, epoch), primary, epoch, STEP_SECONDS)
 
     for _ in range(ATTEMPTS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
@@ -20,6 +21,8 @@ from srd.ha.sentinel import NEVER_MILLISECONDS, SELECTED, SUBSCRIBED, SentinelCl
 from srd.model import Endpoint, Role
 from srd.reconcile import boottime
 from srd.state import SentinelAnswer
+
+NEVER_SECONDS = 600.0
 
 
 @contextlib.asynccontextmanager
@@ -123,6 +126,40 @@ async def test_they_name_it_at_once_in_an_epoch_with_one_leader(cluster: Cluster
         # And on: what was made by hand is the configuration from which the next epoch is counted.
         assert await have_named(cluster.config, acting.sentinels, successor, cluster.endpoint("n3"))
         assert {(await said_by(cluster, name)).epoch for name in ("n1", "n2", "n3")} == {2}
+
+
+async def test_they_are_told_so_far_apart(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    await whole(cluster)
+    heard: list[float] = []
+    really = SentinelClient.hear
+
+    async def noted(*words: Any) -> None:
+        heard.append(boottime())
+        await really(*words)
+
+    async with fleet(cluster) as acting:
+        await switch(cluster, "n2")
+        monkeypatch.setattr(SentinelClient, "hear", noted)
+        former, successor = cluster.endpoint("n1"), cluster.endpoint("n2")
+        assert await have_named(cluster.config, acting.sentinels, former, successor, apart=0.3)
+    assert len(heard) == len(acting.sentinels)
+    assert all(later - earlier > 0.2 for earlier, later in itertools.pairwise(heard))
+
+
+async def test_where_only_one_was_told_the_others_hear_of_it_from_that_one(cluster: Cluster) -> None:
+    await whole(cluster)
+    async with fleet(cluster) as acting:
+        await switch(cluster, "n2")
+        former, successor = cluster.endpoint("n1"), cluster.endpoint("n2")
+        telling = asyncio.create_task(
+            have_named(cluster.config, acting.sentinels, former, successor, apart=NEVER_SECONDS)
+        )
+        await until(partial(names, cluster, "n1", "n2"))
+        telling.cancel()  # as when srd is killed
+        for name in ("n2", "n3"):
+            await until(partial(names, cluster, name, "n2"))
+            await until(partial(knows_all, cluster, name))
+        assert {(await said_by(cluster, name)).epoch for name in ("n1", "n2", "n3")} == {1}
 
 
 async def test_one_that_was_silent_hears_of_it_from_the_others(cluster: Cluster) -> None:
