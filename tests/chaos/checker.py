@@ -16,9 +16,9 @@ An append without an answer may have happened or not, and may yet happen: nothin
 Replication is asynchronous, so a plain write can be lost in a failover: how many, and when, is a figure. A write that a
 majority confirmed must not be.
 
-Two nodes that say `/primary` 200 at one instant are `certain` where the answers leave no doubt: a node that said yes
-twice in a row is taken to have said yes in between. Where only the intervals from question to answer overlap, they are
-`possible`.
+Two nodes that say at one instant that they are primary, by `/primary` 200 or by the word `up` of the agent-check, are
+`certain` where the answers leave no doubt: a node that said yes twice in a row is taken to have said yes in between.
+Where only the intervals from question to answer overlap, they are `possible`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from chaos.history import Answers, Append, Fault, History, Outcome, Read
+from chaos.history import YES, Answers, Append, Fault, History, Outcome, Question, Read
 
-YES: Final = 200
 # Shorter pauses in the writing are a busy machine's.
 GAP_SECONDS: Final = 1.0
 # Some samples: what is shorter is the time between two questions.
@@ -149,6 +148,7 @@ def judge(history: History) -> Verdict:
     calendar = _Calendar(history)
     lists = [_judge_list(key, *found) for key, found in _by_key(history).items()]
     appends = history.appends
+    by_path = [run for run in history.answers if run.question is Question.PRIMARY]  # the finer of the two
     acknowledged = [append for append in appends if append.outcome is Outcome.OK]
     lost = sorted(itertools.chain.from_iterable(judged.lost for judged in lists), key=lambda append: append.completed)
     return Verdict(
@@ -168,10 +168,10 @@ def judge(history: History) -> Verdict:
         came_back=_all(lists, "came_back"),
         unjudged=tuple(judged.key for judged in lists if not judged.has_end),
         without_writes=_without_writes(acknowledged, calendar),
-        without_primary=_without_primary(history.answers, calendar),
+        without_primary=_without_primary(by_path, calendar),
         skipped=tuple(f"{describe(fault)}: {fault.skipped}" for fault in history.faults if fault.skipped),
         two_primaries=_two_primaries(history.answers, calendar),
-        precision_seconds=round(max((run.spacing for run in history.answers if run.status == YES), default=0.0), 3),
+        precision_seconds=round(max((run.spacing for run in by_path if run.status == YES), default=0.0), 3),
     )
 
 

@@ -5,8 +5,8 @@
 Prints `writing` once all runs, ends when its standard input says `end` or ends, reads every list once more, and prints
 what it did as one JSON object. It runs in the lab's root namespace as root and opens each socket where it belongs: the
 clients' on the station `client`, at the stunnel there, so that all they say goes through TLS and haproxy; those of the
-client of Sentinel on a node, as only the mesh reaches sentinels and redis themselves; those for `/primary` on the node
-that is asked, so that a cut or a slow wire delays no answer.
+client of Sentinel on a node, as only the mesh reaches sentinels and redis themselves; those for `/primary` and the
+agent-check on the node that is asked, so that a cut or a slow wire delays no answer.
 """
 
 # ruff: noqa: T201 - printing is what this command does
@@ -22,24 +22,28 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
-from chaos.history import SILENT, Answers, Append, Outcome, Read, Record, write
+from chaos.history import NO, SILENT, YES, Answers, Append, Outcome, Question, Read, Record, write
 from support.stations import Streams, connect
 
 PASSWORD: Final = Path("/run/lab/redis_password")
 STUNNEL: Final = ("127.0.0.1", 6379)
 SENTINEL_PORT, MASTER = 26379, "master"
 HTTP: Final = ("127.0.0.1", 8080)
+AGENT: Final = ("127.0.0.1", 8081)
 # What haproxy asks, whose answer is the status alone.
-QUESTION: Final = b"OPTIONS /primary HTTP/1.1\r\nHost: localhost\r\n\r\n"
+OPTIONS: Final = b"OPTIONS /primary HTTP/1.1\r\nHost: localhost\r\n\r\n"
 # For an answer. The lab's nodes share one CPU: what is late there is not lost.
 ANSWER_SECONDS: Final = 3.0
 CONFIRM_MILLISECONDS: Final = 5000
 SENTINEL_SECONDS: Final = 1.0
 STATUS_SECONDS: Final = 2.0
 SAMPLE_SECONDS: Final = 0.02
+# Whoever asks the agent sooner is taken for one that knows its last answer, and waits for another (srd/web/agent.py).
+AGENT_SECONDS: Final = 0.12
 WRITE_SECONDS: Final = 0.1
 READ_SECONDS: Final = 0.5
 PATIENCE_SECONDS: Final = 60.0
@@ -172,7 +176,8 @@ class Clients:
             for number in range(READERS):
                 group.create_task(self._read(f"reader-{number}"))
             for node in nodes:
-                group.create_task(self._watch(node))
+                for way in WAYS:
+                    group.create_task(self._watch(node, way))
 
     async def _write(self, client: str, confirmations: int, reach: Reach) -> None:
         redis = Redis(self._password, reach)
@@ -239,26 +244,26 @@ class Clients:
                     break
         redis.close()
 
-    async def _watch(self, node: str) -> None:
+    async def _watch(self, node: str, way: _Way) -> None:
         """Ask a node for ever whether it is primary, and record the runs of equal answers."""
         streams: Streams | None = None
         run: Answers | None = None
-        async for _ in paced(SAMPLE_SECONDS, self.end.is_set):
+        async for _ in paced(way.seconds, self.end.is_set):
             asked = time.monotonic()
             try:
                 async with asyncio.timeout(STATUS_SECONDS):
-                    streams = streams or await self._reach(node, HTTP)
-                    status = await _status(*streams)
+                    streams = streams or await self._reach(node, way.address)
+                    status = await way.ask(*streams)
             except (OSError, EOFError):
                 status = SILENT
-                if streams is not None:
-                    streams[1].close()
-                    streams = None
             answered = time.monotonic()
+            if streams is not None and (status == SILENT or not way.stays):
+                streams[1].close()
+                streams = None
             longer = run.extended(status, asked, answered) if run else None
             if run is not None and longer is None:
                 self._record(run)
-            run = longer or Answers(node, status, asked, answered, asked, answered)
+            run = longer or Answers(node, status, asked, answered, asked, answered, question=way.question)
         if run is not None:
             self._record(run)
         if streams is not None:
@@ -281,11 +286,34 @@ async def paced(seconds: float, over: Callable[[], bool]) -> AsyncIterator[int]:
 
 async def _status(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
     """Ask over a connection that stays open; return the status of the answer."""
-    writer.write(QUESTION)
+    writer.write(OPTIONS)
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     length = next((line for line in head.lower().split("\r\n") if line.startswith("content-length:")), "0")
     await reader.readexactly(int(length.rpartition(":")[2]))
     return int(head.split(" ", 2)[1])
+
+
+async def _word(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
+    """Ask as haproxy's agent-check does; return what the word means for the server."""
+    writer.write(b"primary\n")
+    return YES if (await reader.readuntil(b"\n")).split()[0] == b"up" else NO
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How often a node is asked a question, where, and whether the connection is asked again."""
+
+    question: Question
+    address: tuple[str, int]
+    seconds: float
+    ask: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[int]]
+    stays: bool
+
+
+WAYS: Final = (
+    _Way(Question.PRIMARY, HTTP, SAMPLE_SECONDS, _status, stays=True),
+    _Way(Question.AGENT, AGENT, AGENT_SECONDS, _word, stays=False),
+)
 
 
 async def run(clients: Clients, nodes: list[str]) -> None:

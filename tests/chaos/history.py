@@ -13,6 +13,7 @@ from typing import TextIO
 import msgspec
 
 SILENT = 0  # the status of a node that did not answer
+YES, NO = 200, 503
 # Between two answers that are further apart a node may have said something else.
 RUN_SECONDS = 0.5
 
@@ -23,6 +24,13 @@ class Outcome(enum.StrEnum):
     OK = "ok"
     FAIL = "fail"  # it was refused, or never sent: it has not been done
     UNKNOWN = "unknown"  # it was sent and not answered: it may have been done, and may yet be
+
+
+class Question(enum.StrEnum):
+    """What is asked of a node to know whether it says that it is primary."""
+
+    PRIMARY = "/primary"
+    AGENT = "agent-check"  # `up` is YES, every other word NO
 
 
 class Append(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="append", tag_field="kind"):
@@ -68,6 +76,7 @@ class Answers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="answ
     last_answered: float
     count: int = 1
     spacing: float = 0.0
+    question: Question = Question.PRIMARY
 
     def extended(self, status: int, asked: float, answered: float) -> Answers | None:
         """Return this run with one answer more; None where that answer begins another run."""

@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 from chaos import clients
 from chaos.checker import judge
-from chaos.clients import HTTP, Clients, Redis, Streams
-from chaos.history import SILENT, Answers, Append, History, Outcome, load
+from chaos.clients import AGENT, HTTP, Clients, Redis, Streams
+from chaos.history import NO, SILENT, YES, Answers, Append, History, Outcome, Question, load
 from support.nodes import eventually, free_ports
+
+Listening = tuple[asyncio.Server, tuple[str, int]]
 
 PASSWORD = "application"
 # Some distributions keep one binary only, which looks at the name by which it was called.
@@ -140,22 +142,36 @@ def http(status: list[str]) -> Callable[[asyncio.StreamReader, asyncio.StreamWri
     return answer
 
 
+def agent(status: list[str]) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readline() == b"primary\n"
+        writer.write(b"up ready\n" if status[-1].startswith("200") else b"down # wrong_role: the role is replica\n")
+        writer.close()
+
+    return answer
+
+
+async def listening(answer: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> Listening:
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    return server, server.sockets[0].getsockname()
+
+
 async def test_all_of_them_together_write_a_history_that_is_sound(pair: Pair) -> None:
     """Beside a node that becomes primary, and one that is not there."""
     status = ["503 No"]
-    server = await asyncio.start_server(http(status), "127.0.0.1", 0)
-    (port,) = {listener.getsockname()[1] for listener in server.sockets}
+    (web, web_address), (checks, checks_address) = await listening(http(status)), await listening(agent(status))
+    addresses = {HTTP: web_address, AGENT: checks_address}
 
     async def reach(station: str, address: tuple[str, int]) -> Streams:
-        if address != HTTP:
+        if address not in addresses:
             return await pair.reach(station, address)
         if station == "gone":
             raise ConnectionRefusedError
-        return await asyncio.open_connection("127.0.0.1", port)
+        return await asyncio.open_connection(*addresses[address])
 
     file = io.StringIO()
     everybody = Clients(file, PASSWORD, 1, reach)
-    async with server, asyncio.TaskGroup() as group:
+    async with web, checks, asyncio.TaskGroup() as group:
         group.create_task(everybody.run(["here", "gone"]))
 
         async def seen(kind: str, count: int) -> bool:
@@ -164,17 +180,18 @@ async def test_all_of_them_together_write_a_history_that_is_sound(pair: Pair) ->
         await eventually(lambda: seen("append", 20), "writes")
         await eventually(lambda: seen("read", 4), "reads")
         status.append("200 OK")
-        await eventually(lambda: seen("answers", 1), "another answer")
+        await eventually(lambda: seen("answers", 2), "another answer to either question")
         everybody.end.set()
     await everybody.read_all()
     history = load(file.getvalue().splitlines())
     assert judge(history).violations() == []
     assert len({entry.client for entry in history.appends}) == clients.PLAIN + clients.CONFIRMED
     assert all(entry.outcome is Outcome.OK for entry in history.appends)
-    assert statuses(history, "here") == [503, 200]
-    assert statuses(history, "gone") == [SILENT]
+    for question in Question:
+        assert statuses(history, "here", question) == [NO, YES]
+        assert statuses(history, "gone", question) == [SILENT]
 
 
-def statuses(history: History, node: str) -> list[int]:
-    runs: list[Answers] = [run for run in history.answers if run.node == node]
+def statuses(history: History, node: str, question: Question) -> list[int]:
+    runs: list[Answers] = [run for run in history.answers if (run.node, run.question) == (node, question)]
     return [run.status for run in sorted(runs, key=lambda run: run.first_asked)]

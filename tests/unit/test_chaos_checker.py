@@ -11,7 +11,7 @@ import random
 import msgspec
 import pytest
 from chaos.checker import Verdict, judge
-from chaos.history import SILENT, Answers, Append, Fault, History, Outcome, Read, Record, load, write
+from chaos.history import SILENT, Answers, Append, Fault, History, Outcome, Question, Read, Record, load, write
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,9 +26,17 @@ def read(values: str, at: float, seconds: float = 0.1) -> Read:
     return Read("r", "k", at, at + seconds, OK, tuple(values.split()))
 
 
-def says(node: str, begin: float, end: float, status: int = 200, width: float = 0.01) -> Answers:
+def says(
+    node: str,
+    begin: float,
+    end: float,
+    status: int = 200,
+    *,
+    width: float = 0.01,
+    question: Question = Question.PRIMARY,
+) -> Answers:
     """A run of answers, the first of which was asked for at `begin` and the last of which came at `end`."""
-    return Answers(node, status, begin, begin + width, end - width, end, count=10, spacing=0.03)
+    return Answers(node, status, begin, begin + width, end - width, end, count=10, spacing=0.03, question=question)
 
 
 def fault(number: int, at: float, name: str = "kill redis") -> Fault:
@@ -163,6 +171,7 @@ def test_times_without_a_primary() -> None:
         (says("b", 9, 20), True),
         (says("b", 4, 6), True),
         (says("b", 0, 10), True),
+        (says("b", 4, 6, question=Question.AGENT), True),
         (Answers("b", 200, 4, 4.1, 4, 4.1), True),  # a single answer within a run of the other one's
         (says("b", 9.995, 20), False),  # while the last answer of the other one was under way
         (Answers("b", 200, 9.5, 12, 9.5, 12), False),  # an answer of which nobody can tell when it was made
@@ -179,6 +188,12 @@ def test_two_that_are_primary_together(other: Answers, certain: bool) -> None:  
 def test_one_after_the_other_is_no_doubt() -> None:
     assert judged(says("a", 0, 10), says("b", 10.01, 20)).two_primaries == ()
     assert judged(says("a", 0, 10), says("b", 5, 20, 503)).two_primaries == ()
+
+
+def test_the_two_questions_to_one_node_are_no_doubt() -> None:
+    verdict = judged(says("a", 0, 10), says("a", 0, 10, question=Question.AGENT), says("a", 10.05, 20, 503))
+    assert verdict.two_primaries == ()
+    assert verdict.precision_seconds == 0.03
 
 
 def test_answers_that_are_equal_and_close_are_one_run() -> None:
