@@ -179,6 +179,7 @@ class Namespaces(World):
         self._srd_pid = srd_pid
         self._start_srd = start_srd
         self._off: set[str] = set()
+        self._asked: set[str] = set()  # to end, without an answer: a srd that was stopped ends when it goes on
 
     @staticmethod
     def give_disks(nodes: tuple[str, ...]) -> None:
@@ -205,13 +206,27 @@ class Namespaces(World):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
 
+    def wait_whole(self, seconds: float) -> tuple[float, list[str]]:
+        def unmet() -> list[str]:
+            for node in self._asked:
+                self.revive(node)
+            return self.not_whole()
+
+        found = wait(unmet, seconds)
+        self._asked.clear()
+        return found
+
     def revive(self, node: str) -> None:
         if node not in self._off and not alive(self._srd_pid(node)):
             self._start_srd(node)
 
     def upgrade(self, node: str) -> None:
         pid = self.srd(node)
-        self.on(node, "srd", "stop", "--keep-data-path")
+        try:
+            self.on(node, "srd", "stop", "--keep-data-path")
+        except NotNowError:
+            self._asked.add(node)
+            raise
         deadline = time.monotonic() + STOP_SECONDS
         while alive(pid) and time.monotonic() < deadline:
             time.sleep(0.05)
