@@ -169,9 +169,12 @@ class Observer:
 
     def wake(self) -> None:
         """Ask redis and every sentinel again, soon."""
+        self._ask_again(self._askers)
+
+    def _ask_again(self, voters: Iterable[str]) -> None:
         self.loop.wake()
-        for asker in self._askers.values():
-            asker.wake()
+        for name in voters:
+            self._askers[name].wake()
 
     def death(self) -> Death:
         """Return how redis ended, when it has just ended, and forget what it was: the next one must say so anew."""
@@ -317,9 +320,7 @@ class Observer:
         asked = to_be_asked(event, self._askers)
         if not asked:
             return
-        self.loop.wake()
-        for name in asked:
-            self._askers[name].wake()
+        self._ask_again(asked)
         for callback in self._callbacks:
             callback()
 

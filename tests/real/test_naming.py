@@ -156,6 +156,7 @@ async def test_where_only_one_was_told_the_others_hear_of_it_from_that_one(clust
         )
         await until(partial(names, cluster, "n1", "n2"))
         telling.cancel()  # as when srd is killed
+        await asyncio.wait({telling})
         for name in ("n2", "n3"):
             await until(partial(names, cluster, name, "n2"))
             await until(partial(knows_all, cluster, name))
