@@ -4,7 +4,9 @@ Redis 7.0 with an append-only file forgets at a restart where in its primary's s
 comes back with another replication id and offset 0 (measured; the id is restored from an RDB file alone). The files do
 say it. A primary and its replicas append the same bytes, command by command (measured: identical), so the last bytes of
 one node's file are found in another's, and what follows them there is what the first one lacks. A file that lost its
-end in a power cut is a prefix of what it was, be it in the middle of a command.
+end in a power cut is a prefix of what it was, be it in the middle of a command, and zeros may follow: a file system
+notes the new length of a file whose last block it has not written yet. Every command ends with CR and LF, so zeros at
+the very end are at best part of one that is not complete, and are not counted.
 
 Which files: with `appendonly yes` those of the manifest, and nothing without one: redis then starts empty, beside an
 RDB file, too (measured). Otherwise the RDB file.
@@ -95,11 +97,29 @@ def bytes_after(directory: Path, end: bytes) -> int | None:
     return found[0] if found else None
 
 
+def last_log(directory: Path) -> Path | None:
+    """Return the append-only file that redis would go on with, if the manifest names one. Raises `OSError`."""
+    _, logs = _listed(directory / APPEND_ONLY)
+    return logs[-1] if logs else None
+
+
+def size_without_zeros(log: Path) -> int:
+    """Return how many bytes an append-only file has but for the zeros at its end. Raises `OSError`."""
+    with log.open("rb") as file:
+        left = file.seek(0, os.SEEK_END)
+        for chunk in _file_backwards(file, left):
+            if content := chunk.rstrip(b"\0"):
+                return left - len(chunk) + len(content)
+            left -= len(chunk)
+    return 0
+
+
 def _look_at_log(directory: Path) -> Files:
     base, logs = _listed(directory)
     paths = [*base, *logs]
     try:
         found = {path: path.stat() for path in paths}
+        zeros = found[logs[-1]].st_size - size_without_zeros(logs[-1]) if logs else 0
     except FileNotFoundError:
         return Files()  # a listed one is missing: redis would not start
     if not paths or any(path.suffix == ".rdb" and found[path].st_size == 0 for path in base):
@@ -109,7 +129,7 @@ def _look_at_log(directory: Path) -> Files:
         end = chunk + end
         if len(end) >= END_BYTES:
             break
-    size = sum(status.st_size for status in found.values())
+    size = sum(status.st_size for status in found.values()) - zeros
     if not logs:
         return Files(data=True, size=size)
     return Files(data=True, log=logs[-1].name, inode=found[logs[-1]].st_ino, size=size, end=end[-END_BYTES:])
@@ -133,14 +153,15 @@ def _listed(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _backwards(files: list[Path]) -> Iterator[bytes]:
-    """Yield the bytes of these files as if they were one, the last ones first, in pieces."""
+    """Yield the bytes of these files as if they were one, the last ones first, in pieces; without zeros at the end."""
     for path in reversed(files):
+        size = size_without_zeros(path) if path == files[-1] else path.stat().st_size
         with path.open("rb") as file:
-            yield from _file_backwards(file)
+            yield from _file_backwards(file, size)
 
 
-def _file_backwards(file: BinaryIO) -> Iterator[bytes]:
-    left = file.seek(0, os.SEEK_END)
+def _file_backwards(file: BinaryIO, left: int) -> Iterator[bytes]:
+    """Yield the first `left` bytes of a file, the last ones first, in pieces."""
     while left > 0:
         start = max(0, left - _CHUNK_BYTES)
         file.seek(start)

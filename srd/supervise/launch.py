@@ -26,7 +26,7 @@ from srd.supervise.files import Owner, make_service_directory, write_private
 from srd.supervise.probe import Shown
 from srd.supervise.running import Running
 from srd.supervise.spawn import Command, Started, spawn
-from srd.supervise.unreadable import clear, is_unreadable
+from srd.supervise.unreadable import clear, cut_off_zeros, is_unreadable
 
 log = structlog.get_logger(__name__)
 
@@ -171,6 +171,7 @@ class Launcher:
 
     def _write_redis(self, owner: Owner, start: Start) -> None:
         directory = self._paths.service_dir(Service.REDIS)
+        self._cut_off_zeros(owner, directory)
         if start.primary is not None:
             if start.keep or not (self._paths.state_dir / FOLLOWS_NAME).exists():
                 self.keep_data()
@@ -179,6 +180,16 @@ class Launcher:
         self._last_redis = boottime()
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
         write_private(self._file(Service.REDIS), text.encode(), owner)
+
+    def _cut_off_zeros(self, owner: Owner, directory: Path) -> None:
+        """Mend the end of a file that a power cut has left; redis itself says what is wrong where that fails."""
+        try:
+            zeros = owner.do(lambda: cut_off_zeros(directory))
+        except OSError as error:
+            log.warning("cannot mend the end of redis' append-only file", directory=str(directory), error=str(error))
+            return
+        if zeros:
+            log.warning("cut zeros off the end of redis' append-only file", directory=str(directory), bytes=zeros)
 
     def _set_aside_unreadable(self, owner: Owner, directory: Path) -> None:
         """Let a replica whose redis cannot read its files begin without them: it gets all from the primary."""

@@ -12,7 +12,7 @@ import pytest
 from srd.supervise import kept
 from srd.supervise.files import Owner
 from srd.supervise.programs import Program
-from srd.supervise.unreadable import clear, is_unreadable
+from srd.supervise.unreadable import clear, cut_off_zeros, is_unreadable
 
 COMMAND = b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$1\r\nv\r\n"
 NOON = 1_700_000_000.0
@@ -52,8 +52,20 @@ def test_a_file_with_a_hole_is_found_out(
     assert is_unreadable(program, owner, data(tmp_path, content), tmp_path / "log") is unreadable
 
 
+@pytest.mark.parametrize("zeros", [0, 1, 5000])
+def test_a_file_that_ends_in_zeros_is_read_once_they_are_cut_off(
+    tmp_path: Path, program: Program, owner: Owner, zeros: int
+) -> None:
+    directory = data(tmp_path, COMMAND * 3 + bytes(zeros))
+    assert is_unreadable(program, owner, directory, tmp_path / "log") is (zeros > 0)
+    assert cut_off_zeros(directory) == zeros
+    assert not is_unreadable(program, owner, directory, tmp_path / "log")
+    assert cut_off_zeros(directory) == 0
+
+
 def test_where_there_is_no_manifest_nothing_is_judged(tmp_path: Path, program: Program, owner: Owner) -> None:
     assert not is_unreadable(program, owner, tmp_path, tmp_path / "log")
+    assert cut_off_zeros(tmp_path) == 0
 
 
 def test_only_what_is_kept_is_removed(tmp_path: Path) -> None:

@@ -104,10 +104,16 @@ class Lab:
         return found
 
     def _texts(self) -> str:
-        """Return what the nodes say of each condition."""
+        """Return what the nodes say of each condition, and what a child that ends again and again says of itself."""
         said = {node: self.get(node, "/srd").body for node in self.nodes}
         held = {node: body["conditions"] for node, body in said.items() if isinstance(body, dict)}
-        return "\n".join(f"{node}: {each['text']}" for node, conditions in held.items() for each in conditions)
+        texts = []
+        for node, conditions in held.items():
+            for each in conditions:
+                texts.append(f"{node}: {each['text']}")
+                if each["code"] == "child_flapping":
+                    texts.append(self.on(node, "srd", "logs", each["subject"], check=False).stdout)
+        return "\n".join(texts)
 
     def wait(self, what: Callable[[], bool], why: str, seconds: float = PATIENCE_SECONDS) -> float:
         """Wait for a condition; return how long it took, fail with `why` if it does not come."""

@@ -85,6 +85,23 @@ def test_what_follows_another_nodes_end(tmp_path: Path, end: bytes, after: int |
     assert bytes_after(lay(tmp_path, b"0123", b"456789"), end) == after
 
 
+@pytest.mark.parametrize(
+    ("logs", "content"),
+    [
+        ((b"0123", b"4567\0\0"), b"01234567"),
+        ((b"0123", b"\0\0"), b"0123"),
+        ((b"01\0\0", b"45\0\0" + b"67"), b"01\0\x0045\0\x0067"),
+        ((b"01\0",), b"01"),
+        ((b"\0",), b""),
+    ],
+)
+def test_zeros_at_the_very_end_are_not_counted(tmp_path: Path, logs: tuple[bytes, ...], content: bytes) -> None:
+    lay(tmp_path, *logs, base=b"REDIS0010")
+    found = look(tmp_path, appends=True)
+    assert (found.size, found.end) == (len(b"REDIS0010") + len(content), content)
+    assert bytes_after(tmp_path, b"1") == (len(content) - 2 if content else None)
+
+
 def test_an_end_that_is_there_twice_says_nothing(tmp_path: Path) -> None:
     assert bytes_after(lay(tmp_path, b"incr x incr x "), b"incr x ") is None
     assert bytes_after(tmp_path, b"x incr") == 3
@@ -100,9 +117,10 @@ def test_it_is_found_across_pieces_and_files(
     start = data.draw(st.integers(0, len(content) - 1))
     end = content[start : data.draw(st.integers(start + 1, len(content)))]
     directory = lay(tmp_path_factory.mktemp("data"), content[:cut], content[cut:])
-    places = [i for i in range(len(content)) if content.startswith(end, i)]
+    counted = content[:cut] + content[cut:].rstrip(b"\0")
+    places = [i for i in range(len(counted)) if counted.startswith(end, i)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inventory, "_CHUNK_BYTES", data.draw(st.integers(1, 7)))
         found = bytes_after(directory, end)
-    assert found == (len(content) - places[0] - len(end) if len(places) == 1 else None)
+    assert found == (len(counted) - places[0] - len(end) if len(places) == 1 else None)
     assert inventory_chunk == inventory._CHUNK_BYTES
