@@ -47,7 +47,7 @@ class Ledger:
         self._noted = self._load()
         self._noted_at = float("-inf")
         self._files = (0, False)  # how often redis had written its file anew by the last note, and whether it was at it
-        self._has_loaded = False  # redis, since this srd runs
+        self._loaded: float | None = None  # when redis was first seen to have its data, in CLOCK_BOOTTIME seconds
         # Of its own: questions are given up and asked again, and a disk that hangs would keep each one's thread. Two:
         # the search for an end takes seconds on a cold disk, and who asks what is there meanwhile must have an answer.
         self._threads = ThreadPoolExecutor(2, "ledger")
@@ -64,7 +64,8 @@ class Ledger:
     async def note(self) -> None:
         """One pass: write down how far redis has come, if that is news. `SrdError` when the disk does not take it."""
         s, known = self._situation(), self._noted
-        self._has_loaded |= s.view.redis is not None and not s.view.redis.loading
+        if self._loaded is None and s.view.redis is not None and not s.view.redis.loading:
+            self._loaded = s.now
         now = seen(s, known)
         if now is None:
             return
@@ -137,11 +138,15 @@ class Ledger:
         return await asyncio.get_running_loop().run_in_executor(self._threads, act)
 
     def _fails(self, s: Situation, child: Child | None) -> bool:
-        """Whether redis cannot be counted on: it cannot be started, has not loaded, or ends again and again."""
+        """Whether redis cannot be counted on: it cannot be started, has not loaded, or ends again and again.
+
+        What it ended of before it had loaded is over once it has: somebody has mended its files, say.
+        """
         if child is not None and child.state is ChildState.BACKOFF and not child.lately:
             return True
-        ends = [moment for moment in child.lately if s.now - moment < FAILING_SECONDS] if child is not None else []
-        return len(ends) >= (FAILING_ENDS if self._has_loaded else 1)
+        since = max(s.now - FAILING_SECONDS, self._loaded or 0.0)
+        ends = [moment for moment in child.lately if moment > since] if child is not None else []
+        return len(ends) >= (1 if self._loaded is None else FAILING_ENDS)
 
     def _on_disk(self, s: Situation, files: Files) -> Progress:
         noted = self._noted if self._noted is not None else Progress()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,23 @@ def test_a_replica_that_begins_anew_because_it_cannot_read_its_files_is_not_take
     assert "begins_anew" in said.read_text()
     # How often it ended until then is said for two minutes.
     cluster.wait(lambda: cluster.codes("n2") <= {"ipsec_off", "child_flapping"}, "n2 is well")
+
+
+def test_where_no_file_can_be_read_the_one_that_is_mended_by_hand_is_what_the_cluster_goes_on_with(
+    cluster: Whole,
+) -> None:
+    cluster.power_off(*cluster.names)
+    for name in cluster.redises:
+        leave_a_hole(cluster, name)
+    cluster.power_on(*cluster.names)
+    for name in cluster.redises:
+        cluster.wait(lambda name=name: "child_flapping" in cluster.codes(name), f"{name} tries again and again")  # type: ignore[misc]
+    assert cluster.primaries() == []
+    mend = ["redis-check-aof", "--fix", "appendonlydir/appendonly.aof.manifest"]
+    subprocess.run(mend, cwd=cluster.data("n2"), input=b"y\n", check=True, capture_output=True, timeout=10)
+    assert cluster.wait_primary() == "n2"
+    assert len(cluster.keys("n2")) == 200
+    cluster.wait(cluster.in_step, "the others have it")
 
 
 def test_a_primary_whose_replicas_died_before_it_is_back_sooner_than_an_election_takes(cluster: Whole) -> None:

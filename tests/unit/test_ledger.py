@@ -105,6 +105,25 @@ async def test_a_note_that_cannot_be_read_is_none(node: Node, content: str) -> N
     assert (stock.data, stock.epoch) == (True, UNKNOWN_EPOCH)
 
 
+@pytest.mark.parametrize(
+    ("before", "since", "able"),
+    [((), (), True), ((50, 40, 30, 20), (), True), ((50, 40, 30), (1, 1), True), ((), (1, 1, 1), False)],
+)
+async def test_a_redis_that_has_loaded_is_counted_on_until_it_ends_again_and_again(
+    node: Node, before: tuple[float, ...], since: tuple[float, ...], *, able: bool
+) -> None:
+    await node.ledger.note()
+    node.see(offset=OFFSET, later=10)
+    ends = (*(NOW - ago for ago in before), *(NOW + after for after in since))
+    node.situation = with_child(node.situation, Service.REDIS, lately=ends)
+    assert (await node.ledger.stock()).able is able
+
+
+async def test_a_redis_that_ended_before_it_had_loaded_is_not_counted_on(node: Node) -> None:
+    node.situation = with_child(node.situation, Service.REDIS, lately=(NOW - 30,))
+    assert not (await node.ledger.stock()).able
+
+
 async def test_how_much_follows_an_end_is_said_and_nothing_else_is_understood(node: Node) -> None:
     assert await node.ledger.after(b"123".hex()) == 2
     assert await node.ledger.after(b"9".hex()) is None
