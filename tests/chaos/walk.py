@@ -28,6 +28,8 @@ RECOVERY_SECONDS: Final = 120.0
 END_SECONDS: Final = 120.0
 # A capture is kept in memory until it has been judged.
 FAULTS_PER_CAPTURE: Final = 20
+# Of five nodes on a busy machine it took more than a minute.
+JUDGING_SECONDS: Final = 600.0
 
 
 @dataclass
@@ -147,7 +149,7 @@ class Walker:
     def _judge_capture(self) -> None:
         """End the capture; between two of them, when the cluster is whole, nobody looks for an instant."""
         run("wire", "stop")
-        found = run("wire", "plaintext", str(self._capture), "-v").splitlines()
+        found = run("wire", "plaintext", str(self._capture), "-v", seconds=JUDGING_SECONDS).splitlines()
         self._walk.plaintext += found[1:]
         self._walk.captured += self._capture.stat().st_size
         self._captures += 1
