@@ -48,7 +48,7 @@ class Maintenance:
             return msgspec.json.decode(self._file.read_bytes(), type=Pause)
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:  # not UTF-8 is a ValueError, too
             log.warning("whether the cluster is paused is to be learned from the others", reason=str(error))
         return NO_PAUSE
 

@@ -26,7 +26,7 @@ class SerialsFile:
             self._known = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
         except FileNotFoundError:
             return
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:  # not UTF-8 is a ValueError, too
             log.warning("nobody knows by which certificates the keys were made", reason=str(error))
 
     def of(self, peer: str) -> int | None:

@@ -158,7 +158,7 @@ class Register:
             raise SrdError("read", str(self._path), error.strerror or str(error)) from error
         try:
             file = msgspec.json.decode(content, type=_File)
-        except msgspec.DecodeError as error:
+        except ValueError as error:  # not UTF-8 is one, too
             remedy = "running services cannot be adopted; end them, or restore the file"
             raise SrdError("read", str(self._path), f"it is damaged ({error})", remedy) from error
         if file.schema != _SCHEMA:

@@ -114,6 +114,7 @@ def test_every_cut_of_the_register_is_an_error_and_none_adopts(tmp_path: Path) -
         (b'{"schema":2,"children":[]}', "schema 2"),
         (b'{"schema":1,"children":[{"service":"redis"}]}', "damaged"),
         (b'{"schema":1,"children":[],"more":1}', "damaged"),
+        (b'{"schema":1,"children":[{"service":"\xe2"}]}', "damaged"),
     ],
 )
 def test_a_register_of_another_shape_is_an_error(tmp_path: Path, content: bytes, reason: str) -> None:
