@@ -9,6 +9,7 @@ Everything here blocks, and is done with the rights of redis' account.
 
 from __future__ import annotations
 
+import calendar
 import os
 import shutil
 import time
@@ -21,6 +22,7 @@ from srd.supervise.inventory import files_in
 DIRECTORY: Final = "kept"
 # Each may come to be as large as the data set. The second is for one that is made soon after the one that mattered.
 COPIES: Final = 2
+_NAME: Final = "%Y%m%dT%H%M%SZ"
 
 
 def keep(data: Path, wall_clock: float) -> Path | None:
@@ -28,7 +30,7 @@ def keep(data: Path, wall_clock: float) -> Path | None:
 
     Raises `OSError`. Older copies than the last `COPIES` are removed, and so is what an interrupted attempt has left.
     As long as redis has the very files of the last copy, that is the copy: a redis that is started again and again
-    pushes none out.
+    pushes none out. A copy's name is a time, later than that of the one before, whatever the clock says.
     """
     files = files_in(data)
     if not files:
@@ -37,9 +39,8 @@ def keep(data: Path, wall_clock: float) -> Path | None:
     if last is not None and _inodes(files, data) == _inodes(last.rglob("*"), last):
         return last
     copies = data / DIRECTORY
-    copy = copies / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(wall_clock))
-    if copy.exists():
-        return copy
+    later = calendar.timegm(time.strptime(last.name, _NAME)) + 1 if last is not None else 0
+    copy = copies / time.strftime(_NAME, time.gmtime(max(wall_clock, later)))
     unfinished = copies / ".unfinished"
     if unfinished.exists():
         shutil.rmtree(unfinished)

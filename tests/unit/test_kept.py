@@ -74,6 +74,25 @@ def test_two_starts_in_one_second_are_one_copy(data: Path) -> None:
     assert kept.keep(data, NOON) == kept.keep(data, NOON + 0.5)
 
 
+def test_two_copies_of_one_second_are_two(data: Path) -> None:
+    first = kept.keep(data, NOON)
+    replace_files(data)
+    second = kept.keep(data, NOON)
+    assert first != second == kept.latest(data)
+    assert sorted((data / "kept").iterdir()) == [first, second]
+
+
+def test_a_clock_that_went_back_costs_no_copy(data: Path) -> None:
+    kept.keep(data, NOON + 3600)
+    replace_files(data)
+    kept.keep(data, NOON + 7200)
+    replace_files(data)
+    copy = kept.keep(data, NOON)
+    assert copy is not None
+    assert copy.is_dir()
+    assert copy == kept.latest(data)
+
+
 def test_what_an_interrupted_attempt_left_is_no_copy_and_goes(data: Path) -> None:
     unfinished = data / "kept" / ".unfinished"
     unfinished.mkdir(parents=True)
