@@ -76,7 +76,7 @@ class Duties:
         self._situation = situation
         self._store, self._view = store, store.view
         annals = Annals(paths, config.cluster)
-        self._ledger = Ledger(paths, situation)
+        self._ledger = Ledger(paths, situation, torn=self._note_torn)
         self._primacy = Primacy(
             config,
             node,
@@ -127,6 +127,9 @@ class Duties:
         loops = (self._loop.run, disks.run, doctor.run, learn.run, note.run, clock.run)
         self.bodies = (*self._primacy.bodies, self._services.run, self._restarts.run, *loops)
         self.loops = (*self._primacy.loops, self._loop)
+
+    def _note_torn(self, run_id: str, now: float) -> None:
+        self._primacy.observer.torn.found(run_id, now)
 
     async def ready(self) -> None:
         """Return when the services have been looked at; they may wait for peers for long."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import msgspec
@@ -19,9 +19,10 @@ from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY
 from srd.desired import Start
 from srd.ha.lease import endpoint_of
 from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, leading, may_exceed, seen
+from srd.ha.steadiness import Steadiness
 from srd.ha.successor import is_heard
 from srd.model import Paths, RefusedError, Role, Service, SrdError
-from srd.state import Child, ChildState, Situation
+from srd.state import Child, ChildState, Redis, Situation
 from srd.supervise import inventory
 from srd.supervise.files import remove_own, write_private
 from srd.supervise.inventory import Files
@@ -32,22 +33,42 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 FILE_NAME: Final = "progress.json"
-# A redis that has ended so often in so short a time cannot be counted on.
-FAILING_ENDS: Final = 3
-FAILING_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How long a redis' files were at a moment; of which redis, and after how many rewrites."""
+
+    run_id: str
+    rewrites: int
+    size: int
+    at: float
+
+    def shows_a_hole(self, redis: Redis) -> bool:
+        """Whether the files are longer than redis takes them to be, as it says later.
+
+        Before its first rewrite there are no holes, and it may not count a base that it has made itself (measured).
+        """
+        same = (self.run_id, self.rewrites) == (redis.run_id, redis.rewrites) and not redis.rewriting
+        return same and self.rewrites > 0 and redis.log_bytes is not None and self.size > redis.log_bytes
 
 
 class Ledger:
-    """Keeps the note, and answers what this node has."""
+    """Keeps the note, and answers what this node has.
 
-    def __init__(self, paths: Paths, situation: Callable[[], Situation]) -> None:
+    `torn` is told of which redis the append-only file is found to have a hole (ha/torn.py), and when.
+    """
+
+    def __init__(self, paths: Paths, situation: Callable[[], Situation], *, torn: Callable[[str, float], None]) -> None:
         self._path = paths.state_dir / FILE_NAME
         self._directory = paths.service_dir(Service.REDIS)
         self._situation = situation
+        self._torn = torn
+        self._measured: Measured | None = None  # until redis has said something later
         self._noted = self._load()
         self._noted_at = float("-inf")
         self._files = (0, False)  # how often redis had written its file anew by the last note, and whether it was at it
-        self._loaded: float | None = None  # when redis was first seen to have its data, in CLOCK_BOOTTIME seconds
+        self._steadiness = Steadiness()
         # Of its own: questions are given up and asked again, and a disk that hangs would keep each one's thread. Two:
         # the search for an end takes seconds on a cold disk, and who asks what is there meanwhile must have an answer.
         self._threads = ThreadPoolExecutor(2, "ledger")
@@ -57,28 +78,42 @@ class Ledger:
             return msgspec.json.decode(self._path.read_bytes(), type=Progress)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:  # not UTF-8 is a ValueError, too
             log.warning("how far the data has come is not known", file=str(self._path), reason=str(error))
             return None
 
     async def note(self) -> None:
         """One pass: write down how far redis has come, if that is news. `SrdError` when the disk does not take it."""
         s, known = self._situation(), self._noted
-        if self._loaded is None and s.view.redis is not None and not s.view.redis.loading:
-            self._loaded = s.now
+        redis, child = s.view.redis, s.view.children.get(Service.REDIS)
+        if redis is not None and not redis.loading and child is not None:
+            self._steadiness.loaded(redis.run_id, child.lately, s.now)
         now = seen(s, known)
         if now is None:
             return
-        redis = s.view.redis
+        self._look_for_a_hole(s)
         files_are = (redis.rewrites, redis.rewriting) if redis is not None else self._files
         if now.continues(known) and files_are == self._files:
             fresh = s.now - self._noted_at < NOTE_SECONDS
             if fresh or (known is not None and now.offset == known.offset):
                 return
         files = await self._apart(self._look)
+        if redis is not None and not redis.rewriting:
+            self._measured = Measured(redis.run_id, redis.rewrites, files.size, self._situation().now)
+        if redis is not None and redis.rewriting and (files.unlisted or not now.continues(known)):
+            return  # after a full resync its files are the former ones, of which the former note is true
         now = replace(now, log=files.log, inode=files.inode, size=files.size)
         await self._apart(lambda: write_private(self._path, msgspec.json.encode(now)))
         self._noted, self._noted_at, self._files = now, s.now, files_are
+
+    def _look_for_a_hole(self, s: Situation) -> None:
+        measured, redis = self._measured, s.view.redis
+        if measured is None or redis is None or redis.answered <= measured.at:
+            return
+        self._measured = None
+        if measured.shows_a_hole(redis):
+            log.warning("redis' append-only file has a hole", bytes=measured.size, redis_bytes=redis.log_bytes)
+            self._torn(redis.run_id, s.now)
 
     async def holds_data(self) -> bool:
         """Whether redis, which does not run, would load anything from its data directory; blocks.
@@ -138,15 +173,10 @@ class Ledger:
         return await asyncio.get_running_loop().run_in_executor(self._threads, act)
 
     def _fails(self, s: Situation, child: Child | None) -> bool:
-        """Whether redis cannot be counted on: it cannot be started, has not loaded, or ends again and again.
-
-        What it ended of before it had loaded is over once it has: somebody has mended its files, say.
-        """
-        if child is not None and child.state is ChildState.BACKOFF and not child.lately:
-            return True
-        since = max(s.now - FAILING_SECONDS, self._loaded or 0.0)
-        ends = [moment for moment in child.lately if moment > since] if child is not None else []
-        return len(ends) >= (1 if self._loaded is None else FAILING_ENDS)
+        """Whether redis cannot be counted on: it cannot be started, has not loaded, or ends again and again."""
+        if child is None:
+            return False
+        return (child.state is ChildState.BACKOFF and not child.lately) or self._steadiness.fails(child.lately, s.now)
 
     def _on_disk(self, s: Situation, files: Files) -> Progress:
         noted = self._noted if self._noted is not None else Progress()

@@ -182,6 +182,7 @@ class Redis:
     rewriting: bool = False  # its append-only file is being written anew, or is about to
     rewritten: bool = True  # and the last time that succeeded
     rewrites: int = 0  # how often that was begun since it was started
+    log_bytes: int | None = None  # how much it takes the append-only files to be; None if it has none
     promoted_at_offset: int | None = None  # up to where it has followed another primary, before it became one itself
 
     @property

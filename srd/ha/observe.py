@@ -97,7 +97,7 @@ class Observer:
         self._tenure = Tenure()
         self._silent: dict[str, float] = {}
         self._hasty, self._preferred = Stray(DOWN_AFTER_SECONDS), Stray(PRIORITY_SECONDS)
-        self._torn = Torn()
+        self.torn = Torn()
         self._paced = float("-inf")
         self._events: dict[str, int] = {}
         self._last_role = Role.UNKNOWN
@@ -194,9 +194,9 @@ class Observer:
             self._write_redis(None)
             self.judge()
         elif self.take_in(seen) and self.redis is not None:
-            if self._torn.is_due(seen, self._clock()):
+            if self.torn.is_due(seen, self._clock()):
                 await self.redis.rewrite_log()
-                self._torn.told(self._clock())
+                self.torn.told(self._clock())
                 log.info("redis writes its append-only file anew", why="it could not write to it for a time")
             await self._keep_priority(self.redis, seen)
 

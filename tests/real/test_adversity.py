@@ -70,6 +70,38 @@ def test_a_full_disk_stops_writes_and_no_process_and_room_is_all_that_it_takes(s
     assert node.show("srd", "MainPID") != former
 
 
+def test_the_hole_that_a_full_disk_leaves_while_no_srd_looks_is_found_by_the_next_one(small_disk: Machine) -> None:
+    node = small_disk
+    assert "started" in ask(node, "BGREWRITEAOF")
+    node.wait(
+        lambda: saving(node)["aof_rewrite_in_progress"] == "0", "redis goes on with a file that it has made itself"
+    )
+    assert ask(node, "SET", "early", "1") == "OK"  # the file has a page, so that part of what follows is written
+    without_srd(node)
+    node.run("sh", "-c", f"cat /dev/zero > {STATE}/ballast", check=False)
+    ask(node, "SET", "late", "1" * 10000)
+    node.wait(lambda: saving(node)["aof_last_write_status"] == "err", "redis cannot write its file")
+    node.run("rm", f"{STATE}/ballast")
+    node.wait(lambda: saving(node)["aof_last_write_status"] == "ok", "redis has written the rest")
+    assert "is not valid" in checked(node)
+    rewrites = saving(node)["aof_rewrites"]
+    node.run("systemctl", "start", "srd")
+    node.wait(lambda: healthy(node) and ask(node, "SET", "late", "1") == "OK", "it is written to")
+    node.wait(lambda: saving(node)["aof_rewrites"] != rewrites, "srd has it written anew")
+    node.wait(lambda: saving(node)["aof_rewrite_in_progress"] == "0", "that is done")
+    assert "All AOF files and manifest are valid" in checked(node)
+
+
+def saving(node: Machine) -> dict[str, str]:
+    """Return what redis says of its files."""
+    return dict(line.split(":", 1) for line in ask(node, "INFO", "persistence").splitlines() if ":" in line)
+
+
+def checked(node: Machine) -> str:
+    """Return what redis' checker says of the append-only files."""
+    return node.run("redis-check-aof", f"{STATE}/redis/appendonlydir/appendonly.aof.manifest", check=False)
+
+
 def test_on_a_read_only_disk_what_ended_comes_back_when_it_can_be_written_to(small_disk: Machine) -> None:
     node, daemon = small_disk, small_disk.show("srd", "MainPID")
     assert ask(node, "SET", "early", "1") == "OK"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from support.situations import NOW, primary_redis
 
 from srd.ha.redis import LOG_FILE
-from srd.ha.torn import RETRY_SECONDS, Torn
+from srd.ha.torn import FOUND_AGAIN_SECONDS, RETRY_SECONDS, Torn
 from srd.state import Redis
 
 SOUND = primary_redis()
@@ -59,3 +59,12 @@ def test_what_redis_did_not_take_is_told_again_at_the_next_look() -> None:
 
 def test_a_redis_that_was_started_since_has_read_its_file() -> None:
     assert looks(FULL, replace(SOUND, run_id="another")) == [False, False]
+
+
+def test_files_that_are_longer_than_redis_takes_them_to_be_are_written_anew_once_in_a_while() -> None:
+    torn = Torn()
+    for later, due in ((0.0, True), (1.0, False), (FOUND_AGAIN_SECONDS, True)):
+        torn.found(SOUND.run_id, NOW + later)
+        assert torn.is_due(SOUND, NOW + later) is due
+        torn.told(NOW + later)
+        assert not torn.is_due(SOUND, NOW + later + 0.5), "redis says that it is done"

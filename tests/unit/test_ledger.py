@@ -7,6 +7,7 @@ import os
 import pwd
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -34,17 +35,28 @@ class Node:
         s = primary_situation(lease=LEASE)
         me = pwd.getpwuid(os.geteuid()).pw_name
         self.situation = replace(s, config=replace(s.config, redis=msgspec.structs.replace(s.config.redis, user=me)))
-        self.ledger = Ledger(self.paths, lambda: self.situation)
+        self.torn: list[str] = []
+        self.ledger = self.next_ledger()
+
+    def next_ledger(self) -> Ledger:
+        """Return that of a srd that is started now."""
+        return Ledger(self.paths, lambda: self.situation, torn=lambda run_id, _: self.torn.append(run_id))
 
     def noted(self) -> dict[str, object]:
         return dict(json.loads((self.paths.state_dir / "progress.json").read_text()))
 
-    def see(self, *, offset: int, later: float = 0.0, epoch: int = 3, rewrites: int = 0) -> None:
+    def see(
+        self, *, offset: int, later: float = 0.0, epoch: int = 3, rewrites: int = 0, rewriting: bool = False
+    ) -> None:
+        self.say(offset=offset, rewrites=rewrites, rewriting=rewriting)
+        s = self.situation
+        self.situation = replace(s, view=replace(s.view, lease=replace(LEASE, epoch=epoch)), now=s.now + later)
+
+    def say(self, **said: Any) -> None:
+        """Have redis say something else."""
         s = self.situation
         assert s.view.redis is not None
-        redis = replace(s.view.redis, offset=offset, rewrites=rewrites)
-        view = replace(s.view, redis=redis, lease=replace(LEASE, epoch=epoch))
-        self.situation = replace(s, view=view, now=s.now + later)
+        self.situation = replace(s, view=replace(s.view, redis=replace(s.view.redis, **said)))
 
     def stop_redis(self) -> None:
         stopped: Situation = with_child(self.situation, Service.REDIS, state=ChildState.STOPPED, pid=None)
@@ -82,7 +94,7 @@ async def test_the_next_srd_knows_it_by_the_note_and_the_files(node: Node) -> No
     await node.ledger.note()
     node.stop_redis()
     node.log.write_bytes(b"123")
-    stock = await Ledger(node.paths, lambda: node.situation).stock()
+    stock = await node.next_ledger().stock()
     assert (stock.data, stock.ready, stock.epoch, stock.replid) == (True, False, 3, STREAM)
     assert (stock.offset, bytes.fromhex(stock.end)) == (OFFSET - 2, b"123")
 
@@ -97,31 +109,75 @@ async def test_what_is_lost_is_forgotten(node: Node) -> None:
     assert not (node.paths.state_dir / "progress.json").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{}garbage", '{"epoch": "3"}'])
-async def test_a_note_that_cannot_be_read_is_none(node: Node, content: str) -> None:
-    (node.paths.state_dir / "progress.json").write_text(content)
+@pytest.mark.parametrize("content", [b"", b"{}garbage", b'{"epoch": "3"}', b'{"replid": "\xe2"}'])
+async def test_a_note_that_cannot_be_read_is_none(node: Node, content: bytes) -> None:
+    (node.paths.state_dir / "progress.json").write_bytes(content)
     node.stop_redis()
-    stock = await Ledger(node.paths, lambda: node.situation).stock()
+    stock = await node.next_ledger().stock()
     assert (stock.data, stock.epoch) == (True, UNKNOWN_EPOCH)
 
 
-@pytest.mark.parametrize(
-    ("before", "since", "able"),
-    [((), (), True), ((50, 40, 30, 20), (), True), ((50, 40, 30), (1, 1), True), ((), (1, 1, 1), False)],
-)
-async def test_a_redis_that_has_loaded_is_counted_on_until_it_ends_again_and_again(
-    node: Node, before: tuple[float, ...], since: tuple[float, ...], *, able: bool
-) -> None:
-    await node.ledger.note()
-    node.see(offset=OFFSET, later=10)
-    ends = (*(NOW - ago for ago in before), *(NOW + after for after in since))
-    node.situation = with_child(node.situation, Service.REDIS, lately=ends)
-    assert (await node.ledger.stock()).able is able
-
-
-async def test_a_redis_that_ended_before_it_had_loaded_is_not_counted_on(node: Node) -> None:
-    node.situation = with_child(node.situation, Service.REDIS, lately=(NOW - 30,))
+async def test_a_redis_that_ended_before_it_had_its_data_is_not_counted_on_until_one_has_it(node: Node) -> None:
+    node.situation = with_child(node.situation, Service.REDIS, lately=(NOW - 30, NOW - 20, NOW - 10))
     assert not (await node.ledger.stock()).able
+    await node.ledger.note()
+    assert (await node.ledger.stock()).able
+
+
+async def test_after_a_full_resync_the_note_stays_that_of_the_files_until_those_are_written(node: Node) -> None:
+    await node.ledger.note()
+    noted = node.noted()
+    unlisted = node.log.with_name("temp-appendonly.aof.incr")
+    unlisted.write_bytes(b"what came since")
+    for epoch in (3, 4):
+        node.see(offset=OFFSET + 1000, epoch=epoch, later=NOTE_SECONDS, rewriting=True)
+        await node.ledger.note()
+        assert node.noted() == noted
+    unlisted.unlink()  # that attempt has failed, and the next one is about to begin
+    await node.ledger.note()
+    assert node.noted() == noted
+    node.see(offset=OFFSET + 1000, epoch=4, rewrites=1)
+    await node.ledger.note()
+    assert (node.noted()["epoch"], node.noted()["offset"]) == (4, OFFSET + 1000)
+
+
+async def test_a_rewrite_of_the_same_stream_is_no_reason_not_to_note(node: Node) -> None:
+    await node.ledger.note()
+    node.see(offset=OFFSET + 10, later=NOTE_SECONDS, rewriting=True)
+    await node.ledger.note()
+    assert node.noted()["offset"] == OFFSET + 10
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({"log_bytes": 5}, False),
+        ({"log_bytes": 9}, False),  # it has appended since
+        ({"log_bytes": None}, False),
+        ({"log_bytes": 4}, True),
+        ({"log_bytes": 4, "rewriting": True}, False),
+        ({"log_bytes": 4, "rewrites": 2}, False),
+        ({"log_bytes": 4, "run_id": "another"}, False),
+    ],
+)
+async def test_files_that_are_longer_than_redis_takes_them_to_be_have_a_hole(
+    node: Node, said: dict[str, object], *, found: bool
+) -> None:
+    node.say(rewrites=1)
+    await node.ledger.note()
+    node.say(log_bytes=1)
+    await node.ledger.note()
+    assert node.torn == [], "that was said before they were measured"
+    node.say(**said, answered=NOW + 1)
+    await node.ledger.note()
+    assert (node.torn != []) is found
+
+
+async def test_a_base_that_redis_has_made_at_its_start_is_no_hole(node: Node) -> None:
+    await node.ledger.note()
+    node.say(log_bytes=0, answered=NOW + 1)
+    await node.ledger.note()
+    assert node.torn == []
 
 
 async def test_how_much_follows_an_end_is_said_and_nothing_else_is_understood(node: Node) -> None:
