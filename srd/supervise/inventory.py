@@ -6,7 +6,8 @@ say it. A primary and its replicas append the same bytes, command by command (me
 one node's file are found in another's, and what follows them there is what the first one lacks. A file that lost its
 end in a power cut is a prefix of what it was, be it in the middle of a command, and zeros may follow: a file system
 notes the new length of a file whose last block it has not written yet. Every command ends with CR and LF, so zeros at
-the very end are at best part of one that is not complete, and are not counted.
+the end of a file are at best part of one that is not complete, and are not counted. Nor is what stands in a later file:
+redis begins that one before it has made sure of the former's end (aof.c, rewriteAppendOnlyFileBackground).
 
 Which files: with `appendonly yes` those of the manifest, and nothing without one: redis then starts empty, beside an
 RDB file, too (measured). Otherwise the RDB file.
@@ -17,19 +18,23 @@ To be called with the rights of redis' account.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 APPEND_ONLY: Final = "appendonlydir"
 MANIFEST: Final = "appendonly.aof.manifest"
+# aof.c, getTempIncrAofName.
+UNLISTED: Final = "temp-appendonly.aof.incr"
 SNAPSHOT: Final = "dump.rdb"
 # Enough to be found once; what many a client writes again and again is told apart by the numbers in it.
 END_BYTES: Final = 4096
 # Two nodes that were in touch differ by what was not on disk yet: two seconds of a stream, at 100 MB/s.
 WINDOW_BYTES: Final = 256 << 20
 _CHUNK_BYTES: Final = 1 << 20
+_LAST_BYTES: Final = 1 << 16
+_LINE_END: Final = b"\r\n"
 _HEAD_BYTES: Final = 1024  # of an RDB file; what it says of itself comes first
 _MAGIC_BYTES: Final = 9  # REDIS0010, VALKEY080
 _AUX: Final = 0xFA
@@ -45,7 +50,8 @@ class Files:
 
     `log` is the append-only file that redis would go on with, `inode` tells it from another one of that name, and
     `size` is the bytes of all of them; `end` are the last bytes of the log. `replid` and `offset` are of an RDB file
-    that a primary or a replica in touch has written.
+    that a primary or a replica in touch has written. `unlisted`: there is a log that the manifest does not have yet.
+    After a full resync redis appends to that, until it has written what it was sent to a file of its own.
     """
 
     data: bool = False
@@ -55,6 +61,15 @@ class Files:
     end: bytes = b""
     replid: str = ""
     offset: int = 0
+    unlisted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Log:
+    """An append-only file, and its size but for zeros at its end."""
+
+    path: Path
+    size: int
 
 
 def files_in(directory: Path) -> list[Path]:
@@ -79,7 +94,7 @@ def bytes_after(directory: Path, end: bytes) -> int | None:
     """Return how much the append-only file has after these bytes; None if they are not in it, or more than once."""
     if not end:
         return None
-    _, logs = _listed(directory / APPEND_ONLY)
+    logs = _counted(logs_of(directory))
     found: list[int] = []
     carried, passed = b"", 0
     for chunk in _backwards(logs):
@@ -97,17 +112,16 @@ def bytes_after(directory: Path, end: bytes) -> int | None:
     return found[0] if found else None
 
 
-def last_log(directory: Path) -> Path | None:
-    """Return the append-only file that redis would go on with, if the manifest names one. Raises `OSError`."""
-    _, logs = _listed(directory / APPEND_ONLY)
-    return logs[-1] if logs else None
+def logs_of(directory: Path) -> list[Path]:
+    """Return the append-only files that the manifest names, in the order in which redis reads them; `OSError`."""
+    return _listed(directory / APPEND_ONLY)[1]
 
 
 def size_without_zeros(log: Path) -> int:
     """Return how many bytes an append-only file has but for the zeros at its end. Raises `OSError`."""
     with log.open("rb") as file:
         left = file.seek(0, os.SEEK_END)
-        for chunk in _file_backwards(file, left):
+        for chunk in _file_backwards(file, left, _LAST_BYTES):
             if content := chunk.rstrip(b"\0"):
                 return left - len(chunk) + len(content)
             left -= len(chunk)
@@ -116,23 +130,40 @@ def size_without_zeros(log: Path) -> int:
 
 def _look_at_log(directory: Path) -> Files:
     base, logs = _listed(directory)
-    paths = [*base, *logs]
     try:
-        found = {path: path.stat() for path in paths}
-        zeros = found[logs[-1]].st_size - size_without_zeros(logs[-1]) if logs else 0
+        counted, last = _counted(logs), logs[-1].stat().st_ino if logs else 0
+        bases = {path: path.stat().st_size for path in base}
+        for path in logs:
+            path.stat()
     except FileNotFoundError:
         return Files()  # a listed one is missing: redis would not start
-    if not paths or any(path.suffix == ".rdb" and found[path].st_size == 0 for path in base):
+    if not (base or logs) or any(path.suffix == ".rdb" and size == 0 for path, size in bases.items()):
         return Files()  # redis would take an empty base for an empty data set
+    size, unlisted = sum(bases.values()) + sum(log.size for log in counted), (directory / UNLISTED).exists()
+    if not logs:
+        return Files(data=True, size=size, unlisted=unlisted)
     end = b""
-    for chunk in _backwards(logs):
+    for chunk in _backwards(counted):
         end = chunk + end
         if len(end) >= END_BYTES:
             break
-    size = sum(status.st_size for status in found.values()) - zeros
-    if not logs:
-        return Files(data=True, size=size)
-    return Files(data=True, log=logs[-1].name, inode=found[logs[-1]].st_ino, size=size, end=end[-END_BYTES:])
+    return Files(True, logs[-1].name, last, size, end[-END_BYTES:], unlisted=unlisted)
+
+
+def _counted(logs: Sequence[Path]) -> list[_Log]:
+    """Return the logs up to the first one that has lost its end, that one included."""
+    found = []
+    for path in logs:
+        found.append(_Log(path, size_without_zeros(path)))
+        if found[-1].size < path.stat().st_size or not _ends_a_command(found[-1]):
+            break
+    return found
+
+
+def _ends_a_command(log: _Log) -> bool:
+    with log.path.open("rb") as file:
+        file.seek(max(0, log.size - len(_LINE_END)))
+        return log.size == 0 or file.read(len(_LINE_END)) == _LINE_END
 
 
 def _listed(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -152,18 +183,17 @@ def _listed(directory: Path) -> tuple[list[Path], list[Path]]:
     return base, logs
 
 
-def _backwards(files: list[Path]) -> Iterator[bytes]:
-    """Yield the bytes of these files as if they were one, the last ones first, in pieces; without zeros at the end."""
-    for path in reversed(files):
-        size = size_without_zeros(path) if path == files[-1] else path.stat().st_size
-        with path.open("rb") as file:
-            yield from _file_backwards(file, size)
+def _backwards(logs: Sequence[_Log]) -> Iterator[bytes]:
+    """Yield the bytes of these files as if they were one, the last ones first, in pieces."""
+    for log in reversed(logs):
+        with log.path.open("rb") as file:
+            yield from _file_backwards(file, log.size, _CHUNK_BYTES)
 
 
-def _file_backwards(file: BinaryIO, left: int) -> Iterator[bytes]:
-    """Yield the first `left` bytes of a file, the last ones first, in pieces."""
+def _file_backwards(file: BinaryIO, left: int, most: int) -> Iterator[bytes]:
+    """Yield the first `left` bytes of a file, the last ones first, in pieces of so many bytes at `most`."""
     while left > 0:
-        start = max(0, left - _CHUNK_BYTES)
+        start = max(0, left - most)
         file.seek(start)
         yield file.read(left - start)
         left = start

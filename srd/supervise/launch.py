@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -23,15 +23,17 @@ from srd.supervise import kept, programs, render
 from srd.supervise.adopt import FOLLOWS_NAME, Register, argv_hash, record_of
 from srd.supervise.become import send_signal
 from srd.supervise.files import Owner, make_service_directory, write_private
+from srd.supervise.inventory import files_in, look
+from srd.supervise.mend import cut_off_zeros, remove_unfinished
 from srd.supervise.probe import Shown
-from srd.supervise.running import Running
+from srd.supervise.running import Former, Running
 from srd.supervise.spawn import Command, Started, spawn
-from srd.supervise.unreadable import clear, cut_off_zeros, is_unreadable
+from srd.supervise.unreadable import CHECK_SECONDS, clear, is_unreadable
 
 log = structlog.get_logger(__name__)
 
-# A redis that has loaded its files lives longer; to look into them is worth the time only for one that has not.
-SOON_SECONDS: Final = 60.0
+# redis' checkers read a file in half the time in which redis loads it. What takes them longer than this is not judged.
+LONGEST_CHECK_SECONDS: Final = 120.0
 
 # Of what sentinel kept before it was rebuilt; one such file stays.
 FORMER_SUFFIX: Final = ".former"
@@ -51,7 +53,6 @@ class Launcher:
         self._secrets = secrets
         self._register = register
         self._tls_sockets = tls_sockets
-        self._last_redis = float("-inf")  # when redis was last started, in CLOCK_BOOTTIME seconds
         self._shown: Shown | None = None  # what stunnel was last given, once that is known
 
     def adopt(self, config: Config) -> None:
@@ -108,7 +109,7 @@ class Launcher:
             said += [config.tls]
         return hashlib.sha256(msgspec.json.encode(said)).hexdigest()
 
-    def launch(self, service: Service, start: Start, restarts: int) -> Running:
+    def launch(self, service: Service, start: Start, former: Former) -> Running:
         """Write the service's files, start it and record it; `SrdError` says why not."""
         program = programs.find_program(self._config, service)
         owner = programs.owner_of(self._config, service)
@@ -119,7 +120,7 @@ class Launcher:
         directory = self._paths.service_dir(service)
         make_service_directory(directory, owner)
         writers: dict[Service, Callable[[Owner, Start], None]] = {
-            Service.REDIS: self._write_redis,
+            Service.REDIS: partial(self._write_redis, former),
             Service.SENTINEL: self._write_sentinel,
             Service.STUNNEL: self._write_stunnel,
         }
@@ -130,7 +131,7 @@ class Launcher:
         handed = tuple(listener.fileno() for listener in sockets)
         log, settings = self._paths.log_file(service), programs.settings_of(service)
         started = spawn(Command(program.path, argv, owner, directory, log, handed, settings))
-        return self._record(service, started, argv, restarts)
+        return self._record(service, started, argv, former.restarts)
 
     def _record(self, service: Service, started: Started, argv: tuple[str, ...], restarts: int) -> Running:
         now = boottime()
@@ -169,45 +170,64 @@ class Launcher:
         except (OSError, SrdError):
             return None
 
-    def _write_redis(self, owner: Owner, start: Start) -> None:
+    def _write_redis(self, former: Former, owner: Owner, start: Start) -> None:
         directory = self._paths.service_dir(Service.REDIS)
-        self._cut_off_zeros(owner, directory)
-        if start.primary is not None:
+        self._mend(owner, directory)
+        if start.primary is None:
+            self._keep_what_is_not_loaded(owner, directory)
+        else:
             if start.keep or not (self._paths.state_dir / FOLLOWS_NAME).exists():
                 self.keep_data()
-            if start.led and boottime() < self._last_redis + SOON_SECONDS:
-                self._set_aside_unreadable(owner, directory)
-        self._last_redis = boottime()
+            if start.led and former.refused_after is not None:
+                self._set_aside_unreadable(owner, directory, former.refused_after)
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
         write_private(self._file(Service.REDIS), text.encode(), owner)
 
-    def _cut_off_zeros(self, owner: Owner, directory: Path) -> None:
-        """Mend the end of a file that a power cut has left; redis itself says what is wrong where that fails."""
+    def _mend(self, owner: Owner, directory: Path) -> None:
+        """Mend what a power cut or a kill has left; redis itself says what is wrong where that fails."""
         try:
-            zeros = owner.do(lambda: cut_off_zeros(directory))
+            zeros, removed = owner.do(lambda: (cut_off_zeros(directory), remove_unfinished(directory)))
         except OSError as error:
-            log.warning("cannot mend the end of redis' append-only file", directory=str(directory), error=str(error))
+            log.warning("cannot mend redis' files", directory=str(directory), error=str(error))
             return
         if zeros:
             log.warning("cut zeros off the end of redis' append-only file", directory=str(directory), bytes=zeros)
+        if removed:
+            log.info("removed what redis had left unfinished", directory=str(directory), files=removed)
 
-    def _set_aside_unreadable(self, owner: Owner, directory: Path) -> None:
+    def _keep_what_is_not_loaded(self, owner: Owner, directory: Path) -> None:
+        """Keep files beside which redis is to begin as an empty primary: a snapshot without append-only files, say."""
+        try:
+            appends = self._config.appends
+            ignored = owner.do(lambda: not look(directory, appends=appends).data and bool(files_in(directory)))
+        except OSError as error:
+            log.warning("cannot look into redis' files", directory=str(directory), error=str(error))
+            return
+        if ignored:
+            log.warning("redis begins empty beside files that it does not load", directory=str(directory))
+            self.keep_data()
+
+    def _set_aside_unreadable(self, owner: Owner, directory: Path, refused_after: float) -> None:
         """Let a replica whose redis cannot read its files begin without them: it gets all from the primary."""
         program = programs.find_program(self._config, Service.REDIS)
+        seconds = min(CHECK_SECONDS + refused_after, LONGEST_CHECK_SECONDS)
+        log_file, appends = self._paths.log_file(Service.REDIS), self._config.appends
         try:
-            if is_unreadable(program, owner, directory, self._paths.log_file(Service.REDIS)):
+            if is_unreadable(program, owner, directory, log_file, appends=appends, seconds=seconds):
                 self.keep_data()
                 cleared = owner.do(lambda: clear(directory))
-                log.warning("redis cannot read its append-only file", directory=str(directory), begins_anew=cleared)
+                log.warning("redis cannot read its files", directory=str(directory), begins_anew=cleared)
         except (OSError, SrdError) as error:
-            log.warning("cannot look into redis' append-only file", directory=str(directory), error=str(error))
+            log.warning("cannot look into redis' files", directory=str(directory), error=str(error))
 
     def _write_sentinel(self, owner: Owner, start: Start) -> None:
         file = self._file(Service.SENTINEL)
-        if owner.do(lambda: os.path.lexists(file)):
+        if owner.do(lambda: _monitors(file)):
             return
         if start.hold is not None:
             raise SrdError("write", str(file), f"who is primary is not known: {start.hold}")
+        if owner.do(lambda: _put_aside(file)):
+            log.warning("sentinel's file names no primary, so it gets a new one", file=str(file))
         first = self._node if self._node.kind is NodeKind.REDIS else self._config.redis_nodes[0]
         self._render_sentinel(owner, start.primary or Endpoint(first.address, self._config.redis.port))
 
@@ -244,9 +264,22 @@ class Launcher:
         write_private(self._file(Service.STUNNEL), text.encode(), owner)
 
 
-def _put_aside(file: Path) -> None:
+def _monitors(file: Path) -> bool:
+    """Whether sentinel's file says whom to watch; with an empty one it would let everybody in, without a password."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            file.replace(file.with_name(file.name + FORMER_SUFFIX))
+        return any(line.startswith(b"sentinel monitor ") for line in file.read_bytes().splitlines())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise SrdError("read", str(file), error.strerror or str(error)) from error
+
+
+def _put_aside(file: Path) -> bool:
+    """Rename a file for whoever wants to look into it; return False if there is none."""
+    try:
+        file.replace(file.with_name(file.name + FORMER_SUFFIX))
+    except FileNotFoundError:
+        return False
     except OSError as error:
         raise SrdError("put aside", str(file), error.strerror or str(error)) from error
+    return True

@@ -23,8 +23,8 @@ from srd.supervise.become import send_signal
 from srd.supervise.care import Care
 from srd.supervise.machine import RUNNING, Action, Event, transition
 from srd.supervise.pulse import Remedy
-from srd.supervise.running import Running, Timing, pidfd_name
-from srd.supervise.tally import NOT_STARTED, UNSEEN, End, Tally, end_of, oom_kills
+from srd.supervise.running import Former, Running, Timing, pidfd_name
+from srd.supervise.tally import NOT_STARTED, REFUSAL, UNSEEN, End, Tally, end_of, oom_kills
 from srd.systemd import FdStore
 
 log = structlog.get_logger(__name__)
@@ -56,7 +56,7 @@ class Process:
     ) -> None:
         self.service = service
         self.waiting_for: str | None = None
-        self._launch: Callable[[int], Running] | None = None
+        self._launch: Callable[[Former], Running] | None = None
         self._probe = probe
         self._changed = changed
         self._died = died
@@ -79,6 +79,7 @@ class Process:
         self._doom: str | None = None  # why srd ends it, while it does
         self._kill_at: float | None = None
         self._oom_kills = 0
+        self._refused_after: float | None = None
 
     @property
     def state(self) -> ChildState:
@@ -116,16 +117,16 @@ class Process:
         self._apply(Event.ADOPT)
         log.info("child adopted", service=self.service, pid=running.pid)
 
-    async def start(self, launch: Callable[[int], Running]) -> None:
+    async def start(self, launch: Callable[[Former], Running]) -> None:
         """Start the child if it is stopped; does nothing in any other state, a pause after a failure included.
 
-        `launch` gets the number of restarts so far and starts the program; it runs in a thread and may block. Its
-        failure is not raised here: it becomes the child's last end, and a pause.
+        `launch` starts the program; it runs in a thread and may block. Its failure is not raised here: it becomes the
+        child's last end, and a pause.
         """
         self._launch = launch
         self._apply(Event.START)
         if self._launching is not None:
-            await asyncio.wait({self._launching})
+            await asyncio.wait({self._launching}, timeout=self._timing.launch_timeout)
 
     async def hang_up(self) -> None:
         """Have the child read its files again (SIGHUP); return when its probe is content with what it does then.
@@ -315,7 +316,9 @@ class Process:
             self._restarts += 1
         self._launched_before = True
         # The outcome arrives by callback: a pass that is cancelled while the thread runs must not lose the child.
-        self._launching = asyncio.get_running_loop().run_in_executor(None, self._launch, self._restarts)
+        self._launching = asyncio.get_running_loop().run_in_executor(
+            None, self._launch, Former(self._restarts, self._refused_after)
+        )
         self._launching.add_done_callback(self._launched)
 
     def _launched(self, outcome: asyncio.Future[Running]) -> None:
@@ -356,6 +359,8 @@ class Process:
         end = self._cause_of(end_of(running.pidfd))
         self._fds.forget(pidfd_name(self.service))
         os.close(running.pidfd)
+        refused = self._ready_since is None and end.label == REFUSAL
+        self._refused_after = boottime() - running.started if refused else None
         self._note_end(end, expected=self._state is ChildState.STOPPING)
         log.info("child ended", service=self.service, pid=running.pid, how=end.words)
         self._running = None
@@ -383,7 +388,7 @@ class Process:
 
     def _note_end(self, end: End, *, expected: bool = False) -> None:
         now = boottime()
-        self._tally.note(end, None if expected or end.label == NOT_STARTED else now)
+        self._tally.note(end, None if expected or end.label in (NOT_STARTED, UNSEEN.label) else now)
         ready = now - self._ready_since if self._ready_since is not None else None
         self._backoff.ended(ready, expected=expected)
 

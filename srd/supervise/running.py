@@ -36,6 +36,17 @@ class Running:
     outdated: bool = False  # it was started by another cluster.toml
 
 
+@dataclass(frozen=True, slots=True)
+class Former:
+    """What is known of a child's processes when the next one is started.
+
+    `refused_after`: the last one ended by itself, with status 1, before it was ready; for so many seconds it had run.
+    """
+
+    restarts: int
+    refused_after: float | None = None
+
+
 def pidfd_name(service: Service) -> str:
     """Return under which name the service manager holds a child's descriptor."""
     return f"child-{service}"

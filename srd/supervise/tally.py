@@ -32,6 +32,8 @@ class End:
 
 
 NOT_STARTED: Final = "not started"
+# A program that ends so says why in its log: redis, that it cannot read its files.
+REFUSAL: Final = "status 1"
 UNSEEN: Final = End("it ended while no srd was there", "unseen")
 
 

@@ -141,8 +141,10 @@ def test_zeros_that_a_power_cut_leaves_at_the_end_of_a_file_cost_nothing_and_cou
         append_zeros(cluster, name)
     cut_short(cluster, "n2", 1050)
     append_zeros(cluster, "n2")
+    (unfinished := cluster.data("n1") / "temp-1764532800.4711.rdb").write_bytes(b"REDIS0010")
     cluster.power_on(*cluster.names)
     leads_with_all(cluster, "n3", 200)
+    assert not unfinished.exists()
     assert "child_flapping" not in set().union(*(cluster.codes(name) for name in cluster.names)), "each started at once"
 
 
@@ -239,6 +241,29 @@ def test_a_replica_that_begins_anew_because_it_cannot_read_its_files_is_not_take
     assert "begins_anew" in said.read_text()
     # How often it ended until then is said for two minutes.
     cluster.wait(lambda: cluster.codes("n2") <= {"ipsec_off", "child_flapping"}, "n2 is well")
+
+
+def test_a_snapshot_beside_which_the_cluster_begins_empty_is_kept(cluster: Whole) -> None:
+    cluster.ask("n1", "SAVE")
+    cluster.power_off(*cluster.names)
+    snapshot = (cluster.data("n1") / "dump.rdb").read_bytes()
+    for name in cluster.redises:
+        shutil.rmtree(cluster.data(name) / "appendonlydir")
+    cluster.power_on(*cluster.names)
+    cluster.wait_whole()
+    assert cluster.ask(cluster.wait_primary(), "DBSIZE") == 0
+    assert snapshot in [copy.read_bytes() for copy in cluster.data("n1").glob("kept/*/dump.rdb")]
+
+
+def test_a_file_that_grew_by_more_than_its_redis_wrote_is_written_anew(cluster: Whole) -> None:
+    log = own_log(cluster, "n2")
+    with log.open("ab") as file:
+        file.write(b"nothing that redis knows of" * 100)
+    write(cluster, "n1", 1)
+    cluster.wait(lambda: own_log(cluster, "n2").name != log.name, "there is another file")
+    cluster.kill("n2", Service.REDIS)
+    cluster.wait_whole()
+    assert len(cluster.keys("n2")) == 201
 
 
 def test_where_no_file_can_be_read_the_one_that_is_mended_by_hand_is_what_the_cluster_goes_on_with(

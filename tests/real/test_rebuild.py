@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from support.whole import whole
 
 from srd.control import client
@@ -26,3 +27,17 @@ def test_a_sentinel_that_monitors_nobody_is_rebuilt_by_the_srd_beside_it() -> No
         assert monitored[0] == str(cluster.config.node(primary).address)
         cluster.wait_whole()
         assert cluster.primaries() == [primary]
+
+
+@pytest.mark.parametrize("left", [b"", b"port 26379\n"])
+def test_a_sentinel_whose_file_says_nothing_begins_anew_instead_of_letting_everybody_in(left: bytes) -> None:
+    with whole("redis", "redis", "redis") as cluster:
+        cluster.power_on(*cluster.names)
+        cluster.wait_whole()
+        cluster.power_off("n3")
+        file = cluster.paths("n3").service_dir(Service.SENTINEL) / f"{Service.SENTINEL}.conf"
+        file.write_bytes(left)
+        cluster.power_on("n3")
+        cluster.wait_whole()
+        assert file.with_name(file.name + FORMER_SUFFIX).read_bytes() == left
+        assert b"nopass" not in file.read_bytes()

@@ -20,7 +20,7 @@ from srd.reconcile import boottime
 from srd.state import Child, ChildState, Symptom
 from srd.supervise.files import Owner
 from srd.supervise.process import Process
-from srd.supervise.running import Running, Timing
+from srd.supervise.running import Former, Running, Timing
 from srd.supervise.spawn import Command, spawn
 
 FAST = Timing(start_timeout=0.3, probe_timeout=0.2, probe_interval=0.02, probe_failures=3, kill_timeout=5)
@@ -51,15 +51,17 @@ class World:
     root: Path
     script: str = "exec sleep 60"
     launches: int = 0
+    refused_after: float | None = None
     gate: Callable[[], None] = field(default=lambda: None)
 
-    def launch(self, restarts: int) -> Running:
+    def launch(self, former: Former) -> Running:
         self.launches += 1
+        self.refused_after = former.refused_after
         owner = Owner("me", os.geteuid(), os.getegid(), switch=False)
         argv = ("sh", "-c", self.script)
         child = spawn(Command(Path("/bin/sh"), argv, owner, self.root, self.root / "log"))
         self.gate()
-        return Running(child.pid, child.pidfd, started=boottime(), restarts=restarts, adopted=False)
+        return Running(child.pid, child.pidfd, started=boottime(), restarts=former.restarts, adopted=False)
 
 
 class Observed:
@@ -231,7 +233,7 @@ async def test_a_child_that_dies_may_start_at_once_and_then_has_to_wait(world: W
 
 
 async def test_a_child_that_cannot_start_is_no_exception_but_a_pause(world: World) -> None:
-    def launch(_restarts: int) -> Running:
+    def launch(_former: Former) -> Running:
         raise SrdError("start", "it", "there is no disk")
 
     async with observed(world) as it:

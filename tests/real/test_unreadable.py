@@ -1,20 +1,23 @@
-"""srd/supervise/unreadable.py, by redis' own checker: what redis would not load is found out, and goes only if kept."""
+"""srd/supervise/unreadable.py and mend.py, by redis' own checkers: what redis would not load is mended or found out."""
 
 from __future__ import annotations
 
 import os
 import pwd
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from srd.supervise import kept
 from srd.supervise.files import Owner
+from srd.supervise.mend import cut_off_zeros
 from srd.supervise.programs import Program
-from srd.supervise.unreadable import clear, cut_off_zeros, is_unreadable
+from srd.supervise.unreadable import clear, is_unreadable
 
 COMMAND = b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$1\r\nv\r\n"
+SNAPSHOT = b"REDIS0010\xff" + bytes(8)  # without keys and without a checksum
 NOON = 1_700_000_000.0
 
 
@@ -31,15 +34,25 @@ def owner() -> Owner:
     return Owner(entry.pw_name, entry.pw_uid, entry.pw_gid, switch=False)
 
 
-def data(directory: Path, content: bytes) -> Path:
-    (log := directory / "data" / "appendonlydir").mkdir(parents=True)
-    (log / "appendonly.aof.1.incr.aof").write_bytes(content)
-    (log / "appendonly.aof.manifest").write_text("file appendonly.aof.1.incr.aof seq 1 type i\n")
-    return log.parent
+def data(directory: Path, *contents: bytes) -> Path:
+    """Return a data directory whose append-only files have these contents."""
+    (logs := directory / "data" / "appendonlydir").mkdir(parents=True)
+    manifest = ""
+    for number, content in enumerate(contents, 1):
+        (log := logs / f"appendonly.aof.{number}.incr.aof").write_bytes(content)
+        manifest += f"file {log.name} seq {number} type i\n"
+    (logs / "appendonly.aof.manifest").write_text(manifest)
+    return logs.parent
+
+
+@pytest.fixture
+def unreadable(tmp_path: Path, program: Program, owner: Owner) -> Callable[..., bool]:
+    """Whether redis' checker cannot read what redis would load from a data directory."""
+    return lambda directory, appends=True: is_unreadable(program, owner, directory, tmp_path / "log", appends=appends)
 
 
 @pytest.mark.parametrize(
-    ("content", "unreadable"),
+    ("content", "is_so"),
     [
         (COMMAND * 3, False),
         # What redis 7 leaves after a full disk: zeros where part of a command was cut off again.
@@ -47,24 +60,48 @@ def data(directory: Path, content: bytes) -> Path:
     ],
 )
 def test_a_file_with_a_hole_is_found_out(
-    tmp_path: Path, program: Program, owner: Owner, content: bytes, *, unreadable: bool
+    tmp_path: Path, unreadable: Callable[..., bool], content: bytes, *, is_so: bool
 ) -> None:
-    assert is_unreadable(program, owner, data(tmp_path, content), tmp_path / "log") is unreadable
+    assert unreadable(data(tmp_path, content)) is is_so
 
 
-@pytest.mark.parametrize("zeros", [0, 1, 5000])
-def test_a_file_that_ends_in_zeros_is_read_once_they_are_cut_off(
-    tmp_path: Path, program: Program, owner: Owner, zeros: int
+def test_a_manifest_that_names_nothing_is_found_out(tmp_path: Path, unreadable: Callable[..., bool]) -> None:
+    assert unreadable(data(tmp_path))
+
+
+@pytest.mark.parametrize(("snapshot", "is_so"), [(SNAPSHOT, False), (SNAPSHOT[:9] + b"\x00" + SNAPSHOT[9:], True)])
+def test_a_snapshot_is_looked_into_where_redis_would_load_that(
+    tmp_path: Path, unreadable: Callable[..., bool], snapshot: bytes, *, is_so: bool
 ) -> None:
-    directory = data(tmp_path, COMMAND * 3 + bytes(zeros))
-    assert is_unreadable(program, owner, directory, tmp_path / "log") is (zeros > 0)
+    (tmp_path / "dump.rdb").write_bytes(snapshot)
+    assert unreadable(tmp_path, appends=False) is is_so
+    assert not unreadable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "zeros"),
+    [
+        ((COMMAND * 3,), 0),
+        ((COMMAND * 3 + bytes(1),), 1),
+        ((COMMAND * 3 + bytes(5000),), 5000),
+        ((COMMAND * 3 + bytes(9), COMMAND), 9),
+        ((COMMAND * 3 + bytes(9), b""), 9),
+        ((COMMAND, bytes(9)), 9),
+    ],
+)
+def test_files_that_end_in_zeros_are_read_once_those_are_cut_off(
+    tmp_path: Path, unreadable: Callable[..., bool], contents: tuple[bytes, ...], zeros: int
+) -> None:
+    directory = data(tmp_path, *contents)
+    assert unreadable(directory) is (zeros > 0)
     assert cut_off_zeros(directory) == zeros
-    assert not is_unreadable(program, owner, directory, tmp_path / "log")
+    assert not unreadable(directory)
     assert cut_off_zeros(directory) == 0
 
 
-def test_where_there_is_no_manifest_nothing_is_judged(tmp_path: Path, program: Program, owner: Owner) -> None:
-    assert not is_unreadable(program, owner, tmp_path, tmp_path / "log")
+def test_where_there_is_nothing_nothing_is_judged(tmp_path: Path, unreadable: Callable[..., bool]) -> None:
+    assert not unreadable(tmp_path)
+    assert not unreadable(tmp_path, appends=False)
     assert cut_off_zeros(tmp_path) == 0
 
 

@@ -69,37 +69,52 @@ def test_a_snapshot_says_whose_stream_it_is_of_and_up_to_where(tmp_path: Path, o
 
 
 def test_the_end_is_of_all_logs(tmp_path: Path) -> None:
-    lay(tmp_path, b"a" * inventory.END_BYTES, b"bcd")
+    lay(tmp_path, b"a" * inventory.END_BYTES + b"\r\n", b"bcd")
     found = look(tmp_path, appends=True)
-    assert (found.log, len(found.end), found.end[-5:]) == (LOGS[1], inventory.END_BYTES, b"aabcd")
+    assert (found.log, len(found.end), found.end[-6:]) == (LOGS[1], inventory.END_BYTES, b"a\r\nbcd")
 
 
 @pytest.mark.parametrize(
     ("end", "after"),
     [
-        (b"56789", 0), (b"4567", 2), (b"0123456789", 0), (b"3", 6), (b"x", None), (b"", None), (b"9a", None),
-        (b"01234567890", None),
+        (b"56789", 0), (b"4567", 2), (b"01\r\n456789", 0), (b"\r\n", 6), (b"x", None), (b"", None), (b"9a", None),
+        (b"01\r\n4567890", None),
     ],
 )  # fmt: skip
 def test_what_follows_another_nodes_end(tmp_path: Path, end: bytes, after: int | None) -> None:
-    assert bytes_after(lay(tmp_path, b"0123", b"456789"), end) == after
+    assert bytes_after(lay(tmp_path, b"01\r\n", b"456789"), end) == after
 
 
 @pytest.mark.parametrize(
     ("logs", "content"),
     [
-        ((b"0123", b"4567\0\0"), b"01234567"),
-        ((b"0123", b"\0\0"), b"0123"),
-        ((b"01\0\0", b"45\0\0" + b"67"), b"01\0\x0045\0\x0067"),
+        ((b"01\r\n", b"4567\0\0"), b"01\r\n4567"),
+        ((b"01\r\n", b"\0\0"), b"01\r\n"),
+        ((b"01\r\n", b"45\0\0" + b"67"), b"01\r\n45\0\x0067"),
+        ((b"", b"01\0"), b"01"),
         ((b"01\0",), b"01"),
         ((b"\0",), b""),
+        # A log that lost its end, and a later one: that is not counted.
+        ((b"01\r\n\0\0", b"4567"), b"01\r\n"),
+        ((b"01\r\n4\0", b"67\0"), b"01\r\n4"),
+        ((b"01\r\n4", b"67"), b"01\r\n4"),
+        ((b"\0", b"67"), b""),
     ],
 )
-def test_zeros_at_the_very_end_are_not_counted(tmp_path: Path, logs: tuple[bytes, ...], content: bytes) -> None:
+def test_zeros_at_an_end_and_what_follows_in_another_log_are_not_counted(
+    tmp_path: Path, logs: tuple[bytes, ...], content: bytes
+) -> None:
     lay(tmp_path, *logs, base=b"REDIS0010")
     found = look(tmp_path, appends=True)
-    assert (found.size, found.end) == (len(b"REDIS0010") + len(content), content)
+    assert (found.log, found.size, found.end) == (LOGS[len(logs) - 1], len(b"REDIS0010") + len(content), content)
     assert bytes_after(tmp_path, b"1") == (len(content) - 2 if content else None)
+
+
+def test_a_log_that_the_manifest_does_not_have_yet_is_said(tmp_path: Path) -> None:
+    lay(tmp_path, b"01\r\n")
+    assert not look(tmp_path, appends=True).unlisted
+    (tmp_path / "appendonlydir" / inventory.UNLISTED).write_bytes(b"more")
+    assert look(tmp_path, appends=True).unlisted
 
 
 def test_an_end_that_is_there_twice_says_nothing(tmp_path: Path) -> None:
@@ -114,13 +129,13 @@ def test_it_is_found_across_pieces_and_files(
 ) -> None:
     inventory_chunk = inventory._CHUNK_BYTES
     cut = data.draw(st.integers(0, len(content)))
+    content = content[:cut] + b"\r\n" + content[cut:].rstrip(b"\0") + b"\r"
     start = data.draw(st.integers(0, len(content) - 1))
     end = content[start : data.draw(st.integers(start + 1, len(content)))]
-    directory = lay(tmp_path_factory.mktemp("data"), content[:cut], content[cut:])
-    counted = content[:cut] + content[cut:].rstrip(b"\0")
-    places = [i for i in range(len(counted)) if counted.startswith(end, i)]
+    directory = lay(tmp_path_factory.mktemp("data"), content[: cut + 2], content[cut + 2 :])
+    places = [i for i in range(len(content)) if content.startswith(end, i)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inventory, "_CHUNK_BYTES", data.draw(st.integers(1, 7)))
         found = bytes_after(directory, end)
-    assert found == (len(counted) - places[0] - len(end) if len(places) == 1 else None)
+    assert found == (len(content) - places[0] - len(end) if len(places) == 1 else None)
     assert inventory_chunk == inventory._CHUNK_BYTES
