@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from srd.cluster import KEYING_CLIENT_PORTS, KEYING_PORT, Config, Node
@@ -101,13 +101,16 @@ class Start:
     """How redis may start: as primary (`primary` None), or as replica of `primary`; `hold` says why not yet.
 
     `keep`: this node may have what the primary has not, although it was in step with one. `led`: the srd of `primary`
-    says that its redis is one.
+    says that its redis is one. For a sentinel without a file, and of no account for redis: `named` is whom the
+    sentinels name, be redis on hold or not, and `doubted` that one of them takes that one for down, or replaces it.
     """
 
     primary: Endpoint | None = None
     hold: str | None = None
     keep: bool = False
     led: bool = False
+    named: Endpoint | None = field(default=None, compare=False)
+    doubted: bool = field(default=False, compare=False)
 
 
 def leg_addresses(mine: Node, theirs: Node) -> tuple[tuple[IpAddress, IpAddress], ...]:

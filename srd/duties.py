@@ -128,8 +128,8 @@ class Duties:
         self.bodies = (*self._primacy.bodies, self._services.run, self._restarts.run, *loops)
         self.loops = (*self._primacy.loops, self._loop)
 
-    def _note_torn(self, run_id: str, now: float) -> None:
-        self._primacy.observer.torn.found(run_id, now)
+    def _note_torn(self, run_id: str, now: float) -> bool:
+        return self._primacy.observer.torn.found(run_id, now)
 
     async def ready(self) -> None:
         """Return when the services have been looked at; they may wait for peers for long."""

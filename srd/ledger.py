@@ -18,7 +18,7 @@ import structlog
 from srd.cluster import NEVER_PRIORITY, PREFERRED_PRIORITY
 from srd.desired import Start
 from srd.ha.lease import endpoint_of
-from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, leading, may_exceed, seen
+from srd.ha.progress import NOTE_SECONDS, UNKNOWN_EPOCH, Progress, Stock, leading, may_exceed, number_of, seen
 from srd.ha.steadiness import Steadiness
 from srd.ha.successor import is_heard
 from srd.model import Paths, RefusedError, Role, Service, SrdError
@@ -37,34 +37,38 @@ FILE_NAME: Final = "progress.json"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How long a redis' files were at a moment; of which redis, and after how many rewrites."""
+    """How long a redis' files were at a moment, and what it said of them before."""
 
-    run_id: str
-    rewrites: int
+    redis: Redis
+    log: str
     size: int
     at: float
 
     def shows_a_hole(self, redis: Redis) -> bool:
         """Whether the files are longer than redis takes them to be, as it says later.
 
-        Before its first rewrite there are no holes, and it may not count a base that it has made itself (measured).
+        Not the first file: redis opens that for appending, and may not count a base that it has made itself until it
+        has written it anew (measured).
         """
-        same = (self.run_id, self.rewrites) == (redis.run_id, redis.rewrites) and not redis.rewriting
-        return same and self.rewrites > 0 and redis.log_bytes is not None and self.size > redis.log_bytes
+        former = self.redis
+        same = (former.run_id, former.rewrites) == (redis.run_id, redis.rewrites) and not redis.rewriting
+        settled = same and redis.rewritten and number_of(self.log) > 1
+        return settled and redis.log_bytes is not None and self.size > redis.log_bytes
 
 
 class Ledger:
     """Keeps the note, and answers what this node has.
 
-    `torn` is told of which redis the append-only file is found to have a hole (ha/torn.py), and when.
+    `torn` is told of which redis the append-only file is found to have a hole (ha/torn.py), and when; it returns
+    whether that is news.
     """
 
-    def __init__(self, paths: Paths, situation: Callable[[], Situation], *, torn: Callable[[str, float], None]) -> None:
+    def __init__(self, paths: Paths, situation: Callable[[], Situation], *, torn: Callable[[str, float], bool]) -> None:
         self._path = paths.state_dir / FILE_NAME
         self._directory = paths.service_dir(Service.REDIS)
         self._situation = situation
         self._torn = torn
-        self._measured: Measured | None = None  # until redis has said something later
+        self._measured: Measured | None = None
         self._noted = self._load()
         self._noted_at = float("-inf")
         self._files = (0, False)  # how often redis had written its file anew by the last note, and whether it was at it
@@ -87,33 +91,33 @@ class Ledger:
         s, known = self._situation(), self._noted
         redis, child = s.view.redis, s.view.children.get(Service.REDIS)
         if redis is not None and not redis.loading and child is not None:
-            self._steadiness.loaded(redis.run_id, child.lately, s.now)
+            self._steadiness.loaded(redis.run_id, child.lately, redis.answered)
         now = seen(s, known)
         if now is None:
             return
-        self._look_for_a_hole(s)
+        await self._look_for_a_hole(s)
         files_are = (redis.rewrites, redis.rewriting) if redis is not None else self._files
         if now.continues(known) and files_are == self._files:
             fresh = s.now - self._noted_at < NOTE_SECONDS
             if fresh or (known is not None and now.offset == known.offset):
                 return
         files = await self._apart(self._look)
-        if redis is not None and not redis.rewriting:
-            self._measured = Measured(redis.run_id, redis.rewrites, files.size, self._situation().now)
-        if redis is not None and redis.rewriting and (files.unlisted or not now.continues(known)):
+        if redis is not None and (redis.rewrite_scheduled or (redis.rewriting and files.unlisted)):
             return  # after a full resync its files are the former ones, of which the former note is true
         now = replace(now, log=files.log, inode=files.inode, size=files.size)
         await self._apart(lambda: write_private(self._path, msgspec.json.encode(now)))
         self._noted, self._noted_at, self._files = now, s.now, files_are
 
-    def _look_for_a_hole(self, s: Situation) -> None:
+    async def _look_for_a_hole(self, s: Situation) -> None:
+        """Measure the files when something was appended, and compare that with what redis says later."""
         measured, redis = self._measured, s.view.redis
-        if measured is None or redis is None or redis.answered <= measured.at:
+        if redis is None or redis.log_bytes is None or redis.rewriting:
             return
-        self._measured = None
-        if measured.shows_a_hole(redis):
+        if measured is None or (s.now - measured.at >= NOTE_SECONDS and redis.log_bytes != measured.redis.log_bytes):
+            files = await self._apart(self._look)
+            self._measured = Measured(redis, files.log, files.size, self._situation().now)
+        elif redis.answered > measured.at and measured.shows_a_hole(redis) and self._torn(redis.run_id, s.now):
             log.warning("redis' append-only file has a hole", bytes=measured.size, redis_bytes=redis.log_bytes)
-            self._torn(redis.run_id, s.now)
 
     async def holds_data(self) -> bool:
         """Whether redis, which does not run, would load anything from its data directory; blocks.

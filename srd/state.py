@@ -42,7 +42,10 @@ class Symptom(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """One supervised program. `started`, `retry_at` and `lately`, when it ended unasked, are CLOCK_BOOTTIME seconds."""
+    """One supervised program.
+
+    `started`, `retry_at` and `lately`, when srd has seen it end unasked, are CLOCK_BOOTTIME seconds.
+    """
 
     state: ChildState
     pid: int | None = None
@@ -180,6 +183,7 @@ class Redis:
     priority: int = 100  # replica-priority: the lower, the sooner a sentinel promotes it; 0 never
     unsaved: str | None = None  # which of its files it could not write when it last tried
     rewriting: bool = False  # its append-only file is being written anew, or is about to
+    rewrite_scheduled: bool = False  # it is about to
     rewritten: bool = True  # and the last time that succeeded
     rewrites: int = 0  # how often that was begun since it was started
     log_bytes: int | None = None  # how much it takes the append-only files to be; None if it has none

@@ -195,10 +195,19 @@ class Observer:
             self.judge()
         elif self.take_in(seen) and self.redis is not None:
             if self.torn.is_due(seen, self._clock()):
-                await self.redis.rewrite_log()
-                self.torn.told(self._clock())
-                log.info("redis writes its append-only file anew", why="it could not write to it for a time")
+                await self._have_log_rewritten(self.redis)
             await self._keep_priority(self.redis, seen)
+
+    async def _have_log_rewritten(self, client: RedisClient) -> None:
+        """Have redis write its append-only file anew; one that refuses is told again later."""
+        try:
+            await client.rewrite_log()
+        except RespError as error:
+            self.torn.refused(self._clock())
+            log.warning("redis does not write its append-only file anew", reason=str(error))
+        else:
+            self.torn.told(self._clock())
+            log.info("redis writes its append-only file anew", why="it may have a hole, after a full disk")
 
     def take_in(self, seen: Redis) -> bool:
         """Write down what the local redis has said, whoever has asked it; return False where later words are known."""

@@ -53,10 +53,10 @@ class Progress:
         """
         if (log, inode) == (self.log, self.inode):
             return replace(self, offset=max(0, self.offset + size - self.size))
-        return self if _count(log) > _count(self.log) else Progress()
+        return self if number_of(log) > number_of(self.log) else Progress()
 
 
-def _count(log: str) -> int:
+def number_of(log: str) -> int:
     """Return the number in `appendonly.aof.12.incr.aof`; 0 where there is none."""
     words = [word for word in log.split(".") if word.isdigit()]
     return int(words[0]) if words else 0

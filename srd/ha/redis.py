@@ -182,6 +182,7 @@ def _redis(info: Fields, settings: Sequence[Fields], *, asked: float, took: floa
         priority=priority.get("replica-priority", int),
         unsaved=_unsaved(info),
         rewriting=_is(info, "aof_rewrite_in_progress") or _is(info, "aof_rewrite_scheduled"),
+        rewrite_scheduled=_is(info, "aof_rewrite_scheduled") and not _is(info, "aof_rewrite_in_progress"),
         rewritten="aof_last_bgrewrite_status" not in info or info.get("aof_last_bgrewrite_status", str) == "ok",
         rewrites=info.get("aof_rewrites", int) if "aof_rewrites" in info else 0,
         log_bytes=info.get("aof_current_size", int) if "aof_current_size" in info else None,

@@ -34,7 +34,7 @@ class Steadiness:
         return bool(lately & set(self._in_vain(ends))) or len(lately - self._over) >= FAILING_ENDS
 
     def _in_vain(self, ends: Sequence[float]) -> Sequence[float]:
-        """Return the ends since one was last seen to have its data, but for that one's own."""
+        """Return the ends since one was last seen to have its data, without the first: its own, unless srd ended it."""
         if self._loaded is None:
             return ends
         return [moment for moment in ends if moment > self._loaded][1:]

@@ -21,8 +21,10 @@ from typing import Final
 from srd.ha.redis import LOG_FILE
 from srd.state import Redis
 
-# Between attempts, of which one may fail: for want of room, or of memory for the copy.
+# Between attempts, of which one may fail: for want of room, or of memory for the copy. Each makes a file more, and asks
+# for that memory again, so the pauses double.
 RETRY_SECONDS: Final = 10.0
+LONGEST_RETRY_SECONDS: Final = 640.0
 # Should files be longer for a reason that is not known here, writing them anew does not help, and costs much.
 FOUND_AGAIN_SECONDS: Final = 600.0
 
@@ -32,31 +34,46 @@ class Torn:
 
     def __init__(self) -> None:
         self._run_id: str | None = None  # of the redis whose file it is; another one has read it
-        self._told: float | None = None  # when it was last told to write it anew, in CLOCK_BOOTTIME seconds
+        self._told = False  # it has taken the command
+        # All moments are CLOCK_BOOTTIME seconds.
+        self._due, self._pause = float("-inf"), RETRY_SECONDS
         self._found = float("-inf")  # when the files were last found to be too long
 
     def is_due(self, redis: Redis, now: float) -> bool:
         """Return whether redis is to be told now to write its file anew; to be asked at each look at it.
 
-        It is due until `told` is called, and again when what was told has failed.
+        It is due until `told` or `refused` is called, and again, later, when what was told has failed.
         """
         if redis.unsaved == LOG_FILE:
-            self._run_id, self._told = redis.run_id, None
+            self._begin(redis.run_id)
             return False
         if redis.run_id != self._run_id or redis.rewriting:
             return False
-        if self._told is not None:
-            if redis.rewritten:
-                self._run_id = None
-                return False
-            return now - self._told >= RETRY_SECONDS
-        return True
+        if self._told and redis.rewritten:
+            self._run_id = None
+            return False
+        return now >= self._due
 
-    def found(self, run_id: str, now: float) -> None:
-        """Take note that the files of that redis are longer than it takes them to be."""
-        if now - self._found >= FOUND_AGAIN_SECONDS:
-            self._run_id, self._told, self._found = run_id, None, now
+    def found(self, run_id: str, now: float) -> bool:
+        """Take note that the files of that redis are longer than it takes them to be; return whether that is news."""
+        if now - self._found < FOUND_AGAIN_SECONDS:
+            return False
+        self._begin(run_id)
+        self._found = now
+        return True
 
     def told(self, now: float) -> None:
         """Take note that redis has taken the command."""
-        self._told = now
+        self._told = True
+        self._put_off(now)
+
+    def refused(self, now: float) -> None:
+        """Take note that redis has not taken the command."""
+        self._put_off(now)
+
+    def _begin(self, run_id: str) -> None:
+        self._run_id, self._told = run_id, False
+        self._due, self._pause = float("-inf"), RETRY_SECONDS
+
+    def _put_off(self, now: float) -> None:
+        self._due, self._pause = now + self._pause, min(2 * self._pause, LONGEST_RETRY_SECONDS)

@@ -48,10 +48,11 @@ _LONG_LENGTHS: Final = {0x80: 4, 0x81: 8}
 class Files:
     """What lies in a data directory. `data`: redis would load something, be it an empty data set.
 
-    `log` is the append-only file that redis would go on with, `inode` tells it from another one of that name, and
-    `size` is the bytes of all of them; `end` are the last bytes of the log. `replid` and `offset` are of an RDB file
-    that a primary or a replica in touch has written. `unlisted`: there is a log that the manifest does not have yet.
-    After a full resync redis appends to that, until it has written what it was sent to a file of its own.
+    `log` is the append-only file that redis would go on with, and `inode` tells it from another one of that name.
+    `size` is the bytes of all files up to the first log that has lost its end, and `end` are the last of them. `replid`
+    and `offset` are of an RDB file that a primary or a replica in touch has written. `unlisted`: there is a log that
+    the manifest does not have yet. After a full resync redis appends to that, until it has written what it was sent to
+    a file of its own.
     """
 
     data: bool = False

@@ -39,7 +39,7 @@ def keep(data: Path, wall_clock: float) -> Path | None:
     if last is not None and _inodes(files, data) == _inodes(last.rglob("*"), last):
         return last
     copies = data / DIRECTORY
-    later = calendar.timegm(time.strptime(last.name, _NAME)) + 1 if last is not None else 0
+    later = (_time_of(last) or 0) + 1 if last is not None else 0
     copy = copies / time.strftime(_NAME, time.gmtime(max(wall_clock, later)))
     unfinished = copies / ".unfinished"
     if unfinished.exists():
@@ -64,5 +64,13 @@ def _inodes(paths: Iterable[Path], root: Path) -> dict[Path, int]:
 
 
 def _copies(data: Path) -> list[Path]:
-    """Return the copies, the oldest first: their names are times."""
-    return sorted(data.glob(f"{DIRECTORY}/[0-9]*Z"))
+    """Return the copies, the oldest first: their names are times. What has another name is somebody else's."""
+    return sorted(path for path in data.glob(f"{DIRECTORY}/*") if _time_of(path) is not None)
+
+
+def _time_of(copy: Path) -> int | None:
+    """Return when a copy was made, in seconds of the wall clock, by its name; None if that is no copy's."""
+    try:
+        return calendar.timegm(time.strptime(copy.name, _NAME))
+    except ValueError:
+        return None

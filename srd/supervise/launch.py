@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -130,6 +131,8 @@ class Launcher:
         sockets = self._tls_sockets.open(endpoints) if service is Service.STUNNEL else ()
         handed = tuple(listener.fileno() for listener in sockets)
         log, settings = self._paths.log_file(service), programs.settings_of(service)
+        if former.given_up.is_set():
+            raise SrdError("start", service, "it is not wanted any more")
         started = spawn(Command(program.path, argv, owner, directory, log, handed, settings))
         return self._record(service, started, argv, former.restarts)
 
@@ -179,7 +182,7 @@ class Launcher:
             if start.keep or not (self._paths.state_dir / FOLLOWS_NAME).exists():
                 self.keep_data()
             if start.led and former.refused_after is not None:
-                self._set_aside_unreadable(owner, directory, former.refused_after)
+                self._set_aside_unreadable(owner, directory, former.refused_after, former.given_up)
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
         write_private(self._file(Service.REDIS), text.encode(), owner)
 
@@ -207,13 +210,17 @@ class Launcher:
             log.warning("redis begins empty beside files that it does not load", directory=str(directory))
             self.keep_data()
 
-    def _set_aside_unreadable(self, owner: Owner, directory: Path, refused_after: float) -> None:
+    def _set_aside_unreadable(
+        self, owner: Owner, directory: Path, refused_after: float, given_up: threading.Event
+    ) -> None:
         """Let a replica whose redis cannot read its files begin without them: it gets all from the primary."""
         program = programs.find_program(self._config, Service.REDIS)
         seconds = min(CHECK_SECONDS + refused_after, LONGEST_CHECK_SECONDS)
         log_file, appends = self._paths.log_file(Service.REDIS), self._config.appends
         try:
-            if is_unreadable(program, owner, directory, log_file, appends=appends, seconds=seconds):
+            if is_unreadable(
+                program, owner, directory, log_file, appends=appends, seconds=seconds, given_up=given_up.is_set
+            ):
                 self.keep_data()
                 cleared = owner.do(lambda: clear(directory))
                 log.warning("redis cannot read its files", directory=str(directory), begins_anew=cleared)
@@ -224,12 +231,16 @@ class Launcher:
         file = self._file(Service.SENTINEL)
         if owner.do(lambda: _monitors(file)):
             return
-        if start.hold is not None:
+        if start.hold is not None and start.named is None:
             raise SrdError("write", str(file), f"who is primary is not known: {start.hold}")
+        if start.doubted and owner.do(lambda: os.path.lexists(file)):
+            # It may have voted a moment ago, and would not know that (ha/rebuild.py).
+            raise SrdError("replace", str(file), "it names no primary, and the sentinels are replacing theirs just now")
         if owner.do(lambda: _put_aside(file)):
             log.warning("sentinel's file names no primary, so it gets a new one", file=str(file))
         first = self._node if self._node.kind is NodeKind.REDIS else self._config.redis_nodes[0]
-        self._render_sentinel(owner, start.primary or Endpoint(first.address, self._config.redis.port))
+        own = Endpoint(first.address, self._config.redis.port)
+        self._render_sentinel(owner, start.named or start.primary or own)
 
     def rebuild_sentinel(self, primary: Endpoint) -> None:
         """Put the file of a sentinel that has ended aside, and write one that has this primary and nothing else."""

@@ -3,7 +3,8 @@
 * Redis cuts off a command that is not complete (aof-load-truncated), but not zeros behind it, which a file system shows
   where it noted the new length of a file and had not written its last block before a power cut (measured with 7.0.15:
   `Bad file format reading the append only file`, for ever). They are cut off: nothing goes that redis would have
-  loaded (inventory.py says why).
+  loaded (inventory.py says why). But not where a later file has commands: redis would go on with those, and what is
+  missing between would be missing for good. It refuses such files, and another node's are better (unreadable.py).
 * A redis that is killed while it writes a file leaves that behind, under a name that no other redis takes: up to a data
   set each time, until the disk is full (measured with 7.0.15). Such files are removed.
 
@@ -23,12 +24,15 @@ _UNFINISHED: Final = ("temp-*.rdb", "temp-rewriteaof-*.aof", f"{APPEND_ONLY}/tem
 
 
 def cut_off_zeros(data: Path) -> int:
-    """Cut the zeros off the end of each append-only file; return how many there were."""
+    """Cut the zeros off the end of the append-only files, taken together; return how many there were."""
     cut = 0
-    for log in logs_of(data):
-        if log.exists() and (content := size_without_zeros(log)) < (size := log.stat().st_size):
+    for log in reversed(logs_of(data)):
+        size, content = (log.stat().st_size, size_without_zeros(log)) if log.exists() else (0, 0)
+        if content < size:
             os.truncate(log, content)
             cut += size - content
+        if content > 0:
+            break
     return cut
 
 

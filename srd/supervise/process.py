@@ -80,6 +80,7 @@ class Process:
         self._kill_at: float | None = None
         self._oom_kills = 0
         self._refused_after: float | None = None
+        self._give_up: Callable[[], None] = lambda: None  # what is being started
 
     @property
     def state(self) -> ChildState:
@@ -120,12 +121,13 @@ class Process:
     async def start(self, launch: Callable[[Former], Running]) -> None:
         """Start the child if it is stopped; does nothing in any other state, a pause after a failure included.
 
-        `launch` starts the program; it runs in a thread and may block. Its failure is not raised here: it becomes the
-        child's last end, and a pause.
+        `launch` starts the program; it runs in a thread and may block: after `Timing.launch_timeout` this returns
+        while it is at it. Its failure is not raised here: it becomes the child's last end, and a pause.
         """
         self._launch = launch
+        before = self._launching
         self._apply(Event.START)
-        if self._launching is not None:
+        if self._launching is not None and self._launching is not before:
             await asyncio.wait({self._launching}, timeout=self._timing.launch_timeout)
 
     async def hang_up(self) -> None:
@@ -150,6 +152,7 @@ class Process:
         forgets it ("Writing initial AOF, can't exit", server.c, finishShutdown).
         """
         if self._launching is not None:
+            self._give_up()
             await asyncio.wait({self._launching}, timeout=self._timing.launch_timeout)
         if self._launching is not None:
             raise SrdError("stop", self.service, "it is still being started; its disk may hang")
@@ -171,6 +174,7 @@ class Process:
     def release(self) -> None:
         """Let go of the child without ending it: the last call, when srd ends and the child shall live on."""
         self._released = True
+        self._give_up()
         self._backoff.cancel()
         if self._running is not None:
             asyncio.get_running_loop().remove_reader(self._running.pidfd)
@@ -316,9 +320,9 @@ class Process:
             self._restarts += 1
         self._launched_before = True
         # The outcome arrives by callback: a pass that is cancelled while the thread runs must not lose the child.
-        self._launching = asyncio.get_running_loop().run_in_executor(
-            None, self._launch, Former(self._restarts, self._refused_after)
-        )
+        former = Former(self._restarts, self._refused_after)
+        self._give_up = former.given_up.set
+        self._launching = asyncio.get_running_loop().run_in_executor(None, self._launch, former)
         self._launching.add_done_callback(self._launched)
 
     def _launched(self, outcome: asyncio.Future[Running]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 from srd.model import Service
 
@@ -41,10 +42,12 @@ class Former:
     """What is known of a child's processes when the next one is started.
 
     `refused_after`: the last one ended by itself, with status 1, before it was ready; for so many seconds it had run.
+    `given_up` is set when the next one is not wanted any more, which may be while it is being started.
     """
 
     restarts: int
     refused_after: float | None = None
+    given_up: threading.Event = field(default_factory=threading.Event)
 
 
 def pidfd_name(service: Service) -> str:

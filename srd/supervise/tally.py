@@ -86,7 +86,7 @@ class Tally:
         self._lately: deque[float] = deque(maxlen=_REMEMBERED)
 
     def note(self, end: End, now: float | None) -> None:
-        """Count an end; `now` is None for one that is no sign of trouble: srd has asked for it, say."""
+        """Count an end; `now` is None for one that is no sign of trouble: asked for by srd, or seen by nobody."""
         self._causes[end.label] += 1
         self._last = end.words
         if now is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -21,14 +23,22 @@ from srd.supervise.spawn import Command, spawn
 # Before redis 7.0 there was one file and no manifest, and it is left alone.
 _MANIFEST: Final = Path(APPEND_ONLY, MANIFEST)
 CHECK_SECONDS: Final = 20.0
+_LOOK_MILLISECONDS: Final = 200
 
 
 def is_unreadable(
-    program: Program, owner: Owner, data: Path, log: Path, *, appends: bool, seconds: float = CHECK_SECONDS
+    program: Program,
+    owner: Owner,
+    data: Path,
+    log: Path,
+    *,
+    appends: bool,
+    seconds: float = CHECK_SECONDS,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Whether redis' checker finds what redis would load invalid; what it says is in the log. `SrdError`, `OSError`.
 
-    `appends` is redis' `appendonly`. What takes longer than so many seconds is not judged.
+    `appends` is redis' `appendonly`. What takes longer than so many seconds, or is given up, is not judged.
     """
     file, checks = (_MANIFEST, "-check-aof") if appends else (Path(SNAPSHOT), "-check-rdb")
     if not owner.do((data / file).exists):
@@ -42,7 +52,9 @@ def is_unreadable(
     try:
         poll = select.poll()
         poll.register(started.pidfd, select.POLLIN)
-        late = not poll.poll(seconds * 1000)
+        deadline, late = time.monotonic() + seconds, False
+        while not late and not poll.poll(_LOOK_MILLISECONDS):
+            late = given_up() or time.monotonic() >= deadline
         if late:
             send_signal(started.pid, started.pidfd, signal.SIGKILL)
         end = os.waitid(os.P_PIDFD, started.pidfd, os.WEXITED)

@@ -41,3 +41,16 @@ def test_a_sentinel_whose_file_says_nothing_begins_anew_instead_of_letting_every
         cluster.wait_whole()
         assert file.with_name(file.name + FORMER_SUFFIX).read_bytes() == left
         assert b"nopass" not in file.read_bytes()
+
+
+def test_the_sentinel_beside_the_primary_begins_anew_too() -> None:
+    with whole("redis", "redis", "redis") as cluster:
+        cluster.power_on(*cluster.names)
+        cluster.wait_whole()
+        primary = cluster.wait_primary()
+        cluster.ask_sentinel(primary, "REMOVE", cluster.config.sentinel.master)
+        cluster.kill(primary, Service.SENTINEL)
+        cluster.wait_whole()
+        assert cluster.primaries() == [primary]
+        monitored = cluster.ask_sentinel(primary, "GET-MASTER-ADDR-BY-NAME", cluster.config.sentinel.master)
+        assert monitored[0] == str(cluster.config.node(primary).address)

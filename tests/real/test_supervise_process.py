@@ -247,6 +247,48 @@ async def test_a_child_that_cannot_start_is_no_exception_but_a_pause(world: Worl
         assert it.deaths == 0, "what never ran cannot die"
 
 
+@pytest.mark.parametrize(("script", "refused"), [("exit 1", True), ("exit 2", False), ("kill -9 $$", False)])
+async def test_how_long_a_child_ran_that_ended_with_status_1_before_it_was_ready_is_told_to_the_next_start(
+    world: World, script: str, *, refused: bool
+) -> None:
+    async with observed(world) as it:
+        it.health.complaint = "it is loading"
+        world.script = script
+        for _ in range(2):
+            await it.process.start(world.launch)
+            await it.in_state(ChildState.STOPPED)
+        assert (world.refused_after is not None) is refused
+
+
+async def test_a_child_that_was_ready_has_refused_nothing(world: World) -> None:
+    async with observed(world) as it:
+        world.script = "sleep 0.3; exit 1"
+        for _ in range(2):
+            await it.start()
+            await it.in_state(ChildState.READY)
+            await it.in_state(ChildState.STOPPED)
+        assert world.refused_after is None
+
+
+async def test_a_start_that_takes_long_is_given_up_by_a_stop_and_waited_for_once(world: World) -> None:
+    given_up = threading.Event()
+
+    def launch(former: Former) -> Running:
+        assert former.given_up.wait(PATIENCE)
+        given_up.set()
+        raise SrdError("start", "it", "it is not wanted any more")
+
+    async with observed(world, replace(FAST, launch_timeout=0.3)) as it:
+        for longest in (PATIENCE, 0.2):
+            begun = boottime()
+            await it.process.start(launch)
+            assert boottime() - begun < longest
+        assert not given_up.is_set()
+        await it.process.stop(0)
+        assert given_up.is_set()
+        assert it.process.state is ChildState.STOPPED
+
+
 async def test_a_child_that_ignores_sigterm_is_killed_after_its_grace(world: World) -> None:
     world.script = DEAF
     async with observed(world) as it:

@@ -84,9 +84,9 @@ def test_a_snapshot_is_looked_into_where_redis_would_load_that(
         ((COMMAND * 3,), 0),
         ((COMMAND * 3 + bytes(1),), 1),
         ((COMMAND * 3 + bytes(5000),), 5000),
-        ((COMMAND * 3 + bytes(9), COMMAND), 9),
         ((COMMAND * 3 + bytes(9), b""), 9),
         ((COMMAND, bytes(9)), 9),
+        ((COMMAND * 3 + bytes(9), bytes(5)), 14),
     ],
 )
 def test_files_that_end_in_zeros_are_read_once_those_are_cut_off(
@@ -97,6 +97,12 @@ def test_files_that_end_in_zeros_are_read_once_those_are_cut_off(
     assert cut_off_zeros(directory) == zeros
     assert not unreadable(directory)
     assert cut_off_zeros(directory) == 0
+
+
+def test_zeros_behind_which_redis_would_go_on_with_a_gap_stay(tmp_path: Path, unreadable: Callable[..., bool]) -> None:
+    directory = data(tmp_path, COMMAND * 3 + bytes(9), COMMAND + bytes(5))
+    assert cut_off_zeros(directory) == 5
+    assert unreadable(directory)
 
 
 def test_where_there_is_nothing_nothing_is_judged(tmp_path: Path, unreadable: Callable[..., bool]) -> None:

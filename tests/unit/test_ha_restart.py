@@ -127,6 +127,16 @@ def test_being_taken_for_down_is_no_reason_to_stay_down() -> None:
     assert decide("n1", {"n1": down, "n2": down}) == Start()
 
 
+@pytest.mark.parametrize("flags", ["", "s_down", "s_down o_down failover_in_progress"])
+def test_whom_a_sentinel_without_a_file_is_to_watch_is_known_while_redis_waits(flags: str) -> None:
+    answers = {"n1": says(N1), "n2": says(N1, flags=flags)}
+    waiting = decide("n1", answers, death=Death(NOW, Role.PRIMARY))
+    assert waiting.hold is not None
+    for decision in (waiting, decide("n1", answers, census=None), decide("n1", answers), decide("n3", answers)):
+        assert (decision.named, decision.doubted) == (N1, flags != "")
+    assert decide("n1", {"n2": says(N1)}).named is None
+
+
 def test_an_empty_directory_is_refused_while_somebody_may_have_the_data() -> None:
     answers = {"n1": says(N1), "n2": says(N1), "n3": says(N1)}
     refused = "the sentinels to name a node that has the data: this data directory is empty"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from support.situations import NOW, primary_redis
 
 from srd.ha.redis import LOG_FILE
-from srd.ha.torn import FOUND_AGAIN_SECONDS, RETRY_SECONDS, Torn
+from srd.ha.torn import FOUND_AGAIN_SECONDS, LONGEST_RETRY_SECONDS, RETRY_SECONDS, Torn
 from srd.state import Redis
 
 SOUND = primary_redis()
@@ -45,16 +46,22 @@ def test_a_rewrite_that_is_under_way_already_began_before() -> None:
     assert looks(FULL, REWRITING, SOUND) == [False, False, True]
 
 
-def test_what_failed_is_tried_again_but_not_at_once() -> None:
+def test_what_failed_is_tried_again_but_not_at_once_and_less_and_less_often() -> None:
     assert looks(FULL, SOUND, FAILED, FAILED) == [False, True, False, False]
-    assert looks(FULL, SOUND, FAILED, FAILED, seconds=RETRY_SECONDS) == [False, True, True, True]
+    again = looks(FULL, SOUND, *[FAILED] * 400, seconds=RETRY_SECONDS)
+    at = [number for number, due in enumerate(again) if due]
+    assert at[:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert {later - sooner for sooner, later in pairwise(at[7:])} == {LONGEST_RETRY_SECONDS / RETRY_SECONDS}
 
 
-def test_what_redis_did_not_take_is_told_again_at_the_next_look() -> None:
+def test_what_redis_did_not_take_is_told_again_but_not_at_once() -> None:
     torn = Torn()
     assert not torn.is_due(FULL, NOW)
     assert torn.is_due(SOUND, NOW + 1)
     assert torn.is_due(SOUND, NOW + 2), "that the last rewrite succeeded says nothing of one that was never begun"
+    torn.refused(NOW + 2)
+    assert not torn.is_due(SOUND, NOW + 3)
+    assert torn.is_due(SOUND, NOW + 2 + RETRY_SECONDS)
 
 
 def test_a_redis_that_was_started_since_has_read_its_file() -> None:
@@ -64,7 +71,7 @@ def test_a_redis_that_was_started_since_has_read_its_file() -> None:
 def test_files_that_are_longer_than_redis_takes_them_to_be_are_written_anew_once_in_a_while() -> None:
     torn = Torn()
     for later, due in ((0.0, True), (1.0, False), (FOUND_AGAIN_SECONDS, True)):
-        torn.found(SOUND.run_id, NOW + later)
+        assert torn.found(SOUND.run_id, NOW + later) is due
         assert torn.is_due(SOUND, NOW + later) is due
         torn.told(NOW + later)
         assert not torn.is_due(SOUND, NOW + later + 0.5), "redis says that it is done"

@@ -93,6 +93,16 @@ def test_a_clock_that_went_back_costs_no_copy(data: Path) -> None:
     assert copy == kept.latest(data)
 
 
+def test_what_somebody_else_has_put_there_is_left_alone(data: Path) -> None:
+    (other := data / "kept" / "20261130-before-the-upgradeZ").mkdir(parents=True)
+    (impossible := data / "kept" / "20261399T000000Z").mkdir()
+    for minutes in range(4):
+        kept.keep(data, NOON + minutes * 60)
+        replace_files(data)
+    assert other.exists()
+    assert impossible.exists()
+
+
 def test_what_an_interrupted_attempt_left_is_no_copy_and_goes(data: Path) -> None:
     unfinished = data / "kept" / ".unfinished"
     unfinished.mkdir(parents=True)

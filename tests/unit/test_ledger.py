@@ -27,10 +27,10 @@ class Node:
 
     def __init__(self, root: Path) -> None:
         self.paths = Paths(root, root, root, root)
-        self.log = self.paths.service_dir(Service.REDIS) / "appendonlydir" / "appendonly.aof.1.incr.aof"
+        self.log = self.paths.service_dir(Service.REDIS) / "appendonlydir" / "appendonly.aof.2.incr.aof"
         self.log.parent.mkdir(parents=True)
-        manifest = self.log.with_name("appendonly.aof.manifest")
-        manifest.write_text("file appendonly.aof.1.incr.aof seq 1 type i\n")
+        self.manifest = self.log.with_name("appendonly.aof.manifest")
+        self.manifest.write_text("file appendonly.aof.2.incr.aof seq 2 type i\n")
         self.log.write_bytes(b"12345")
         s = primary_situation(lease=LEASE)
         me = pwd.getpwuid(os.geteuid()).pw_name
@@ -40,15 +40,17 @@ class Node:
 
     def next_ledger(self) -> Ledger:
         """Return that of a srd that is started now."""
-        return Ledger(self.paths, lambda: self.situation, torn=lambda run_id, _: self.torn.append(run_id))
+        return Ledger(self.paths, lambda: self.situation, torn=self.find_torn)
+
+    def find_torn(self, run_id: str, _: float) -> bool:
+        self.torn.append(run_id)
+        return True
 
     def noted(self) -> dict[str, object]:
         return dict(json.loads((self.paths.state_dir / "progress.json").read_text()))
 
-    def see(
-        self, *, offset: int, later: float = 0.0, epoch: int = 3, rewrites: int = 0, rewriting: bool = False
-    ) -> None:
-        self.say(offset=offset, rewrites=rewrites, rewriting=rewriting)
+    def see(self, *, offset: int, later: float = 0.0, epoch: int = 3, rewrites: int = 0, **files: bool) -> None:
+        self.say(**({"rewriting": False, "rewrite_scheduled": False} | files), offset=offset, rewrites=rewrites)
         s = self.situation
         self.situation = replace(s, view=replace(s.view, lease=replace(LEASE, epoch=epoch)), now=s.now + later)
 
@@ -134,18 +136,21 @@ async def test_after_a_full_resync_the_note_stays_that_of_the_files_until_those_
         await node.ledger.note()
         assert node.noted() == noted
     unlisted.unlink()  # that attempt has failed, and the next one is about to begin
-    await node.ledger.note()
-    assert node.noted() == noted
+    for epoch in (3, 4):
+        node.see(offset=OFFSET + 1000, epoch=epoch, later=NOTE_SECONDS, rewriting=True, rewrite_scheduled=True)
+        await node.ledger.note()
+        assert node.noted() == noted
     node.see(offset=OFFSET + 1000, epoch=4, rewrites=1)
     await node.ledger.note()
     assert (node.noted()["epoch"], node.noted()["offset"]) == (4, OFFSET + 1000)
 
 
-async def test_a_rewrite_of_the_same_stream_is_no_reason_not_to_note(node: Node) -> None:
+@pytest.mark.parametrize("epoch", [3, 4])
+async def test_another_rewrite_is_no_reason_not_to_note(node: Node, epoch: int) -> None:
     await node.ledger.note()
-    node.see(offset=OFFSET + 10, later=NOTE_SECONDS, rewriting=True)
+    node.see(offset=OFFSET + 10, epoch=epoch, later=NOTE_SECONDS, rewriting=True)
     await node.ledger.note()
-    assert node.noted()["offset"] == OFFSET + 10
+    assert (node.noted()["epoch"], node.noted()["offset"]) == (epoch, OFFSET + 10)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +161,7 @@ async def test_a_rewrite_of_the_same_stream_is_no_reason_not_to_note(node: Node)
         ({"log_bytes": None}, False),
         ({"log_bytes": 4}, True),
         ({"log_bytes": 4, "rewriting": True}, False),
+        ({"log_bytes": 4, "rewritten": False}, False),
         ({"log_bytes": 4, "rewrites": 2}, False),
         ({"log_bytes": 4, "run_id": "another"}, False),
     ],
@@ -163,9 +169,8 @@ async def test_a_rewrite_of_the_same_stream_is_no_reason_not_to_note(node: Node)
 async def test_files_that_are_longer_than_redis_takes_them_to_be_have_a_hole(
     node: Node, said: dict[str, object], *, found: bool
 ) -> None:
-    node.say(rewrites=1)
+    node.say(log_bytes=4)
     await node.ledger.note()
-    node.say(log_bytes=1)
     await node.ledger.note()
     assert node.torn == [], "that was said before they were measured"
     node.say(**said, answered=NOW + 1)
@@ -173,10 +178,24 @@ async def test_files_that_are_longer_than_redis_takes_them_to_be_have_a_hole(
     assert (node.torn != []) is found
 
 
+async def test_files_are_measured_again_when_something_was_appended_be_there_replicas_or_not(node: Node) -> None:
+    node.say(log_bytes=5)
+    await node.ledger.note()
+    node.log.write_bytes(b"123456789")
+    node.see(offset=OFFSET, later=NOTE_SECONDS)
+    node.say(log_bytes=7, answered=NOW + NOTE_SECONDS)
+    await node.ledger.note()
+    node.say(answered=NOW + NOTE_SECONDS + 1)
+    await node.ledger.note()
+    assert node.torn != []
+
+
 async def test_a_base_that_redis_has_made_at_its_start_is_no_hole(node: Node) -> None:
-    await node.ledger.note()
-    node.say(log_bytes=0, answered=NOW + 1)
-    await node.ledger.note()
+    node.log.rename(log := node.log.with_name("appendonly.aof.1.incr.aof"))
+    node.manifest.write_text(f"file {log.name} seq 1 type i\n")
+    for later in (0.0, 1.0):
+        node.say(log_bytes=0, answered=NOW + later)
+        await node.ledger.note()
     assert node.torn == []
 
 
