@@ -53,14 +53,12 @@ class Lab:
     def on(
         self, station: str, *command: str, stdin: str = "", check: bool = True, seconds: float = PATIENCE_SECONDS
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["on", station, *command],
-            check=check,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
+        done = subprocess.run(
+            ["on", station, *command], check=False, input=stdin, capture_output=True, text=True, timeout=seconds
         )
+        if check and done.returncode != 0:
+            pytest.fail(f"{station}: {' '.join(command)} ended with {done.returncode}: {done.stdout}{done.stderr}")
+        return done
 
     def address(self, station: str, family: int = 4) -> str:
         """Return its address of a family: both have the same last number."""
