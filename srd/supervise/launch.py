@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,21 +18,16 @@ from srd.desired import Start
 from srd.listening import Listeners
 from srd.model import ConfigError, Endpoint, NodeKind, Paths, Secrets, Service, SrdError
 from srd.reconcile import boottime
-from srd.supervise import kept, programs, render
-from srd.supervise.adopt import FOLLOWS_NAME, Register, argv_hash, record_of
+from srd.supervise import programs, render
+from srd.supervise.adopt import Register, argv_hash, record_of
 from srd.supervise.become import send_signal
+from srd.supervise.datadir import DataDirectory
 from srd.supervise.files import Owner, make_service_directory, write_private
-from srd.supervise.inventory import files_in, look
-from srd.supervise.mend import cut_off_zeros, remove_unfinished
 from srd.supervise.probe import Shown
 from srd.supervise.running import Former, Running
 from srd.supervise.spawn import Command, Started, spawn
-from srd.supervise.unreadable import CHECK_SECONDS, clear, is_unreadable
 
 log = structlog.get_logger(__name__)
-
-# redis' checkers read a file in half the time in which redis loads it. What takes them longer than this is not judged.
-LONGEST_CHECK_SECONDS: Final = 120.0
 
 # Of what sentinel kept before it was rebuilt; one such file stays.
 FORMER_SUFFIX: Final = ".former"
@@ -55,10 +48,12 @@ class Launcher:
         self._register = register
         self._tls_sockets = tls_sockets
         self._shown: Shown | None = None  # what stunnel was last given, once that is known
+        self.data = DataDirectory(config, paths)
 
     def adopt(self, config: Config) -> None:
         """Render the next files by a changed cluster.toml."""
         self._config = config
+        self.data.adopt(config)
 
     def tls_differs(self) -> bool:
         """Whether the bundle has another certificate, key or authority than stunnel was started with."""
@@ -153,79 +148,11 @@ class Launcher:
     def _file(self, service: Service) -> Path:
         return self._paths.service_dir(service) / f"{service}.conf"
 
-    def keep_data(self) -> None:
-        """Keep a copy of redis' files, as they may be replaced; a failure is only logged: a replica is worth more."""
-        directory = self._paths.service_dir(Service.REDIS)
-        try:
-            owner = programs.owner_of(self._config, Service.REDIS)
-            copy = owner.do(lambda: kept.keep(directory, time.time()))
-        except (OSError, SrdError) as error:
-            log.warning("cannot keep a copy of redis' files", directory=str(directory), error=str(error))
-            return
-        if copy is not None:
-            log.info("kept a copy of redis' files", directory=str(copy))
-
-    def kept_data(self) -> Path | None:
-        """Return the last copy of redis' files that was kept, if there is one that can be seen."""
-        directory = self._paths.service_dir(Service.REDIS)
-        try:
-            return programs.owner_of(self._config, Service.REDIS).do(lambda: kept.latest(directory))
-        except (OSError, SrdError):
-            return None
-
     def _write_redis(self, former: Former, owner: Owner, start: Start) -> None:
+        self.data.prepare(owner, start, former)
         directory = self._paths.service_dir(Service.REDIS)
-        self._mend(owner, directory)
-        if start.primary is None:
-            self._keep_what_is_not_loaded(owner, directory)
-        else:
-            if start.keep or not (self._paths.state_dir / FOLLOWS_NAME).exists():
-                self.keep_data()
-            if start.led and former.refused_after is not None:
-                self._set_aside_unreadable(owner, directory, former.refused_after, former.given_up)
         text = render.redis_conf(self._config, self._node, self._secrets, directory, start.primary)
         write_private(self._file(Service.REDIS), text.encode(), owner)
-
-    def _mend(self, owner: Owner, directory: Path) -> None:
-        """Mend what a power cut or a kill has left; redis itself says what is wrong where that fails."""
-        try:
-            zeros, removed = owner.do(lambda: (cut_off_zeros(directory), remove_unfinished(directory)))
-        except OSError as error:
-            log.warning("cannot mend redis' files", directory=str(directory), error=str(error))
-            return
-        if zeros:
-            log.warning("cut zeros off the end of redis' append-only file", directory=str(directory), bytes=zeros)
-        if removed:
-            log.info("removed what redis had left unfinished", directory=str(directory), files=removed)
-
-    def _keep_what_is_not_loaded(self, owner: Owner, directory: Path) -> None:
-        """Keep files beside which redis is to begin as an empty primary: a snapshot without append-only files, say."""
-        try:
-            appends = self._config.appends
-            ignored = owner.do(lambda: not look(directory, appends=appends).data and bool(files_in(directory)))
-        except OSError as error:
-            log.warning("cannot look into redis' files", directory=str(directory), error=str(error))
-            return
-        if ignored:
-            log.warning("redis begins empty beside files that it does not load", directory=str(directory))
-            self.keep_data()
-
-    def _set_aside_unreadable(
-        self, owner: Owner, directory: Path, refused_after: float, given_up: threading.Event
-    ) -> None:
-        """Let a replica whose redis cannot read its files begin without them: it gets all from the primary."""
-        program = programs.find_program(self._config, Service.REDIS)
-        seconds = min(CHECK_SECONDS + refused_after, LONGEST_CHECK_SECONDS)
-        log_file, appends = self._paths.log_file(Service.REDIS), self._config.appends
-        try:
-            if is_unreadable(
-                program, owner, directory, log_file, appends=appends, seconds=seconds, given_up=given_up.is_set
-            ):
-                self.keep_data()
-                cleared = owner.do(lambda: clear(directory))
-                log.warning("redis cannot read its files", directory=str(directory), begins_anew=cleared)
-        except (OSError, SrdError) as error:
-            log.warning("cannot look into redis' files", directory=str(directory), error=str(error))
 
     def _write_sentinel(self, owner: Owner, start: Start) -> None:
         file = self._file(Service.SENTINEL)

@@ -232,7 +232,7 @@ class Services:
     async def keep_data(self) -> None:
         """Keep a copy of redis' files, which are about to be replaced by another node's, if the disk is so quick."""
         if self._keeping is None or self._keeping.done():
-            self._keeping = asyncio.ensure_future(asyncio.to_thread(self._launcher.keep_data))
+            self._keeping = asyncio.ensure_future(asyncio.to_thread(self._launcher.data.keep))
         await asyncio.wait((self._keeping,), timeout=KEEPING_SECONDS)
         if not self._keeping.done():
             log.warning("going on without a copy of redis' files", why=f"none within {KEEPING_SECONDS:g} s")
@@ -240,7 +240,7 @@ class Services:
         await self._show_kept()
 
     async def _show_kept(self) -> None:
-        copy = await asyncio.to_thread(self._launcher.kept_data)
+        copy = await asyncio.to_thread(self._launcher.data.kept)
         self._write_kept(str(copy) if copy is not None else None)
 
     def retry(self) -> None:

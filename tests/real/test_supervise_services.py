@@ -502,7 +502,7 @@ async def test_a_disk_that_hangs_does_not_keep_a_replaced_primary_from_following
     hanging, attempts = threading.Event(), []
     with world() as (member,):
         services = member.supervisor(lambda: None, Store(boottime()))
-        monkeypatch.setattr(services._launcher, "keep_data", lambda: attempts.append(hanging.wait(30)))
+        monkeypatch.setattr(services._launcher.data, "keep", lambda: attempts.append(hanging.wait(30)))
         began = boottime()
         await services.keep_data()
         await services.keep_data()
