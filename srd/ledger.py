@@ -88,35 +88,46 @@ class Ledger:
 
     async def note(self) -> None:
         """One pass: write down how far redis has come, if that is news. `SrdError` when the disk does not take it."""
-        s, known = self._situation(), self._noted
+        s = self._situation()
         redis, child = s.view.redis, s.view.children.get(Service.REDIS)
         if redis is not None and not redis.loading and child is not None:
             self._steadiness.loaded(redis.run_id, child.lately, redis.answered)
-        now = seen(s, known)
-        if now is None:
+        now = seen(s, self._noted)
+        if now is None or redis is None:
             return
-        await self._look_for_a_hole(s)
-        files_are = (redis.rewrites, redis.rewriting) if redis is not None else self._files
-        if now.continues(known) and files_are == self._files:
-            fresh = s.now - self._noted_at < NOTE_SECONDS
-            if fresh or (known is not None and now.offset == known.offset):
-                return
+        self._compare(s, redis)
+        is_news, has_appended = self._is_news(s, redis, now), self._has_appended(s, redis)
+        if not (is_news or has_appended):
+            return
         files = await self._apart(self._look)
-        if redis is not None and (redis.rewrite_scheduled or (redis.rewriting and files.unlisted)):
+        if has_appended:
+            self._measured = Measured(redis, files.log, files.size, self._situation().now)
+        if not is_news or redis.rewrite_scheduled or (redis.rewriting and files.unlisted):
             return  # after a full resync its files are the former ones, of which the former note is true
         now = replace(now, log=files.log, inode=files.inode, size=files.size)
         await self._apart(lambda: write_private(self._path, msgspec.json.encode(now)))
-        self._noted, self._noted_at, self._files = now, s.now, files_are
+        self._noted, self._noted_at, self._files = now, s.now, (redis.rewrites, redis.rewriting)
 
-    async def _look_for_a_hole(self, s: Situation) -> None:
-        """Measure the files when something was appended, and compare that with what redis says later."""
-        measured, redis = self._measured, s.view.redis
-        if redis is None or redis.log_bytes is None or redis.rewriting:
+    def _is_news(self, s: Situation, redis: Redis, now: Progress) -> bool:
+        """Whether there is something to note: at once where the stream or the files are others, else now and then."""
+        known = self._noted
+        if known is None or not now.continues(known) or (redis.rewrites, redis.rewriting) != self._files:
+            return True
+        return s.now - self._noted_at >= NOTE_SECONDS and now.offset != known.offset
+
+    def _has_appended(self, s: Situation, redis: Redis) -> bool:
+        """Whether redis has appended something since its files were measured, a while ago."""
+        if redis.log_bytes is None or redis.rewriting:
+            return False
+        measured = self._measured
+        return measured is None or (s.now - measured.at >= NOTE_SECONDS and redis.log_bytes != measured.redis.log_bytes)
+
+    def _compare(self, s: Situation, redis: Redis) -> None:
+        """Compare how long the files were with what redis says later."""
+        measured = self._measured
+        if measured is None or redis.answered <= measured.at or not measured.shows_a_hole(redis):
             return
-        if measured is None or (s.now - measured.at >= NOTE_SECONDS and redis.log_bytes != measured.redis.log_bytes):
-            files = await self._apart(self._look)
-            self._measured = Measured(redis, files.log, files.size, self._situation().now)
-        elif redis.answered > measured.at and measured.shows_a_hole(redis) and self._torn(redis.run_id, s.now):
+        if self._torn(redis.run_id, s.now):
             log.warning("redis' append-only file has a hole", bytes=measured.size, redis_bytes=redis.log_bytes)
 
     async def holds_data(self) -> bool:
