@@ -185,11 +185,15 @@ def _counts_from(answer: SentinelAnswer) -> float:
     return min(answer.asked, answer.unanswered - answer.took)
 
 
+def is_doubted(answer: SentinelAnswer) -> bool:
+    """Whether a sentinel takes the primary that it names for down, or replaces it."""
+    return bool(answer.flags & DOWN_FLAGS) or FAILOVER_FLAG in answer.flags
+
+
 def _supports(
     config: Config, answer: SentinelAnswer, endpoint: Endpoint, answers: Mapping[str, SentinelAnswer], now: float
 ) -> bool:
-    doubted = answer.flags & DOWN_FLAGS or FAILOVER_FLAG in answer.flags
-    if answer.primary != endpoint or answer.tilt or doubted or _is_hurried(config, answer):
+    if answer.primary != endpoint or answer.tilt or is_doubted(answer) or _is_hurried(config, answer):
         return False
     return not _elects(config, answer, answers, now)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from srd.findings import Cure, Finding, Trouble
-from srd.ha.lease import DOWN_FLAGS, FAILOVER_FLAG
+from srd.ha.lease import is_doubted
 from srd.model import Body
 from srd.state import Situation
 
@@ -41,6 +41,6 @@ def against_rebuild(s: Situation, wish: Body, asked: float) -> str | None:
     if own is None or own.run_id != wish.get("run_id"):
         return "it is another one by now, or does not answer"
     for answer in s.view.sentinels.values():
-        if answer.primary == primary and answer.flags & {FAILOVER_FLAG, *DOWN_FLAGS}:
+        if answer.primary == primary and is_doubted(answer):
             return f"the sentinel of {answer.node} takes the primary for down, or replaces it"
     return None

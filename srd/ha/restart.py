@@ -59,7 +59,7 @@ from typing import Final
 
 from srd.cluster import Config, Node
 from srd.desired import Start
-from srd.ha.lease import DOWN_FLAGS, FAILOVER_FLAG, endpoint_of, fresh
+from srd.ha.lease import FAILOVER_FLAG, endpoint_of, fresh, is_doubted
 from srd.model import Endpoint, NodeKind, Role
 from srd.state import SentinelAnswer, Situation, View
 
@@ -126,7 +126,7 @@ def start(situation: Situation, death: Death | None, *, holds_data: bool, census
     named = _greatest(config, heard)
     if named is None:
         return Start(hold="the sentinels to agree: they name different primaries in one epoch")
-    doubted = any(a.flags & {FAILOVER_FLAG, *DOWN_FLAGS} for a in heard.values() if a.primary == named)
+    doubted = any(is_doubted(answer) for answer in heard.values() if answer.primary == named)
     if named != endpoint_of(config, situation.node):
         return Start(primary=named, named=named, doubted=doubted)
     awaited = _replacement(situation, None if census is not None and census.alone else death, heard)
