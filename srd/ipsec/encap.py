@@ -141,7 +141,7 @@ def hold(path: Path, sockets: Sequence[socket.socket]) -> int | None:
     """
     names = sorted(str(opened.getsockname()[:2]) for opened in sockets)
     if is_held(path):
-        with contextlib.suppress(OSError, msgspec.DecodeError):
+        with contextlib.suppress(OSError, ValueError):  # what is not UTF-8 is a ValueError, too
             if msgspec.json.decode(path.read_bytes(), type=list[str]) == names:
                 return None
         end_holder(path)
